@@ -1,0 +1,128 @@
+"""Statistics of calibration data at the sites of a plan, for starts that depend on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.kinds.seat import Weave
+from weft.targets import Plan, PlannedSite, walk
+
+__all__ = ["collect"]
+
+
+def collect(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None) -> dict[str, dict[str, Tensor]]:
+    """The statistics that a plan's methods need, by address: input covariances [I, I] and weight gradients [O, I].
+
+    calibration: batches, mappings or tuples of the model's arguments; a gradient needs the model's result to have a
+    `loss`, or to be one. Raises ValueError when statistics are needed and there is no data.
+    """
+    needed = frozenset().union(*(s.method.needs() for s in plan.sites))
+    if not needed:
+        return {}
+    batches = list(calibration or ())
+    if not batches:
+        raise ValueError(
+            f"{plan.method} starts from the {' and '.join(sorted(needed))} of data: pass calibration=batches"
+        )
+    modules = dict(walk(model))
+    found: dict[str, dict[str, Tensor]] = {s.site.address: {} for s in plan.sites}
+    with _as_base(model):
+        if "covariance" in needed:
+            _covariances(model, plan, modules, batches, found)
+        if "gradient" in needed:
+            _gradients(model, plan, modules, batches, found)
+    return found
+
+
+@contextmanager
+def _as_base(model: nn.Module) -> Iterator[None]:
+    """The base without dropout and without what other adapters change: an adapter starts from the base."""
+    modes = [(m, m.training) for m in model.modules()]
+    weave = model.__dict__.get("weave")
+    before = None if weave is None else weave.route
+    model.eval()
+    try:
+        if weave is not None:
+            weave.route = None
+        yield
+    finally:
+        if weave is not None:
+            weave.route = before
+        for module, training in modes:
+            module.training = training
+
+
+def _covariances(
+    model: nn.Module,
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    batches: list[Any],
+    found: dict[str, dict[str, Tensor]],
+) -> None:
+    counts: dict[str, int] = {}
+
+    def watch(planned: PlannedSite) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().flatten(0, -2).double()
+            seen = found[planned.site.address]
+            seen["covariance"] = seen.get("covariance", 0) + x.mT @ x
+            counts[planned.site.address] = counts.get(planned.site.address, 0) + len(x)
+
+        return modules[planned.path].register_forward_pre_hook(hook)
+
+    handles = [watch(s) for s in plan.sites if "covariance" in s.method.needs()]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                _call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for address, n in counts.items():
+        found[address]["covariance"] = (found[address]["covariance"] / n).float()
+
+
+def _gradients(
+    model: nn.Module,
+    plan: Plan,
+    modules: Mapping[str, nn.Module],
+    batches: list[Any],
+    found: dict[str, dict[str, Tensor]],
+) -> None:
+    sites = [s for s in plan.sites if "gradient" in s.method.needs()]
+    seats = [s.offer.seat(modules[s.path], s.site, Weave(), s.offer.param) for s in sites]
+    weights = [seat.stored() for seat in seats]
+    for planned, w in zip(sites, weights, strict=True):
+        if not w.is_floating_point() or type(w.data) is not Tensor:
+            raise ValueError(
+                f"{planned.method.name} starts from the gradient of a weight, and {planned.site.address} is quantised, "
+                "so it has none: make the adapter on the base as it was, save it, and load it on the quantised one"
+            )
+    flags = [w.requires_grad for w in weights]
+    try:
+        for w in weights:
+            w.requires_grad_(True)
+        for batch in batches:
+            result = _call(model, batch)
+            loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
+            if loss is None or loss.numel() != 1:
+                raise ValueError(
+                    "a gradient needs a loss: give calibration batches with `labels`, or a model that returns one"
+                )
+            for planned, seat, g in zip(sites, seats, torch.autograd.grad(loss, weights), strict=True):
+                seen = found[planned.site.address]
+                seen["gradient"] = seen.get("gradient", 0) + seat.oriented(g.detach()) / len(batches)
+    finally:
+        for w, flag in zip(weights, flags, strict=True):
+            w.requires_grad_(flag)
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)

@@ -1,0 +1,32 @@
+"""The core: verbs, the protocol of a method, sites, adapters, routes and their readings. Imports torch only."""
+
+from weft.core.adapter import Adapter
+from weft.core.affine import Affine, NotLinear, StartOp, WeightOp
+from weft.core.method import (
+    LINEAR,
+    Frozen,
+    Method,
+    Tensors,
+    option,
+)
+from weft.core.op import Op
+from weft.core.route import Blend, Rows, Stack
+from weft.core.site import Site
+
+__all__ = [
+    "LINEAR",
+    "Adapter",
+    "Affine",
+    "Blend",
+    "Frozen",
+    "Method",
+    "NotLinear",
+    "Op",
+    "Rows",
+    "Site",
+    "Stack",
+    "StartOp",
+    "Tensors",
+    "WeightOp",
+    "option",
+]

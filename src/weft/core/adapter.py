@@ -1,0 +1,226 @@
+"""The tensors of one method at one site, and the map they make of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.affine import Affine, WeightOp
+from weft.core.method import Frozen, Method
+from weft.core.op import DataOp, Op
+from weft.core.site import Site
+
+
+class OpView(Op):
+    """An op that is another one but for what a subclass changes."""
+
+    def __init__(self, inner: Op):
+        self.inner, self.site = inner, inner.site
+
+    def __call__(self, x: Any) -> Any:
+        return self.inner(x)
+
+    def weight(self) -> Tensor:
+        return self.inner.weight()
+
+    def bias(self) -> Tensor | None:
+        return self.inner.bias()
+
+    def project(self, x: Any, a: Tensor) -> Any:
+        return self.inner.project(x, a)
+
+    def expand(self, h: Any, b: Tensor, onto: Any = None) -> Any:
+        return self.inner.expand(h, b, onto)
+
+    def scale(self, y: Any, g: Tensor) -> Any:
+        return self.inner.scale(y, g)
+
+    def shift(self, y: Any, b: Tensor) -> Any:
+        return self.inner.shift(y, b)
+
+    def rotate(self, x: Any, q: Tensor) -> Any:
+        return self.inner.rotate(x, q)
+
+    def permute(self, x: Any, order: Tensor) -> Any:
+        return self.inner.permute(x, order)
+
+    def drop(self, x: Any, p: float) -> Any:
+        return self.inner.drop(x, p)
+
+    def prepend(self, y: Any, *rows: Tensor) -> Any:
+        return self.inner.prepend(y, *rows)
+
+    def attend(self, y: Any, hidden: Tensor, gate: Tensor) -> Any:
+        return self.inner.attend(y, hidden, gate)
+
+
+class Unbiased(OpView):
+    """The map without its bias, for methods that must not touch it."""
+
+    def __call__(self, x: Any) -> Any:
+        b = self.inner.bias()
+        return self.inner(x) if b is None else self.inner.shift(self.inner(x), -b)
+
+    def bias(self) -> Tensor | None:
+        return None
+
+
+class Once(OpView):
+    """The map, computed once for one input however many adapters read it."""
+
+    def __call__(self, x: Any) -> Any:
+        if getattr(self, "_x", None) is not x:
+            self._x, self._y = x, self.inner(x)
+        return self._y
+
+
+class Adapter(nn.Module):
+    """The tensors of one method at one site: parameters train, buffers are saved and do not.
+
+    shared: the holder of tensors that all sites of this adapter use; registered once, at the model's root.
+    """
+
+    method: Method
+    site: Site
+    shared: Shared | None
+    plain: bool
+    age: int
+    _kept: tuple[Any, Mapping[str, Tensor]] | None
+
+    def __init__(
+        self, method: Method, site: Site, tensors: Mapping[str, Tensor | Frozen], shared: Shared | None = None
+    ):
+        super().__init__()
+        plain = type(method).coefficients is Method.coefficients and site.experts is None
+        # Past torch's __setattr__, which looks through parameters and modules: this runs for every site and step.
+        # `age` counts how often kept coefficients were dropped.
+        self.__dict__.update(method=method, site=site, shared=shared, plain=plain, _kept=None, age=0)
+        hold(self, tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor the method sees at this site, by name."""
+        own: dict[str, Tensor] = {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+        return own if self.shared is None else {**self.shared.tensors(), **own}
+
+    def coefficients(self, op: Op, *, keep: bool = False) -> Mapping[str, Tensor]:
+        """What the method's forward uses. keep: reuse the last result while no tensor has been written to."""
+        if torch.compiler.is_compiling():
+            return self.tensors() if self.plain else self._compute(op)
+        if torch.is_grad_enabled():
+            self.forget()  # a step may follow that writes behind the version counter (8-bit optimisers, `.data`)
+            return self.tensors() if self.plain else self._compute(op)
+        if self.plain:
+            return self.tensors()
+        if not keep:
+            return self._compute(op)
+        kept = self._kept
+        if kept is not None:
+            for place, name, tensor, version, pointer in kept[0]:
+                if place[name] is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                    break
+            else:
+                return kept[1]
+        return self._keep(op)
+
+    def _keep(self, op: Op) -> Mapping[str, Tensor]:
+        """Compute the coefficients and remember what they were made of: which tensor, its version, its memory."""
+        computed = self._compute(op)
+        holders: list[Mapping[str, Tensor | None]] = [self._parameters, self._buffers]
+        if self.shared is not None:
+            holders += [self.shared._parameters, self.shared._buffers]
+        assert isinstance(op, DataOp), "coefficients are kept for data only"
+        watched = [(place, name, t) for place in holders for name, t in place.items() if t is not None]
+        watched += plain_parameters(op)
+        if not any(t.is_inference() for _, _, t in watched):  # these count no versions
+            seen = [(place, name, t, t._version, t.data_ptr()) for place, name, t in watched]
+            self.__dict__["_kept"] = seen, computed
+        return computed
+
+    def forget(self) -> None:
+        """Drop coefficients kept for inference, here and in stacks of several adapters."""
+        own = self.__dict__
+        own["_kept"] = None
+        own["age"] += 1
+
+    def run(self, x: Any, op: Op, *, keep: bool = False) -> Any:
+        """The adapted map on x, in whatever reading `op` is."""
+        c, method = self.coefficients(op, keep=keep), self.method
+        return method.forward(c, x, op) if not method.bias_outside else run(method, c, x, op)
+
+    def _compute(self, op: Op) -> Mapping[str, Tensor]:
+        if self.site.experts is None:
+            return self.method.coefficients(self.tensors(), op)
+        own: dict[str, Tensor] = {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+        rest = {} if self.shared is None else self.shared.tensors()
+
+        def one(t: dict[str, Tensor], w: Tensor) -> Mapping[str, Tensor]:
+            return self.method.coefficients({**rest, **t}, WeightOp(self.site, w))
+
+        return torch.vmap(one)(own, op.weight())
+
+    def extra_repr(self) -> str:
+        return str(self.method)
+
+
+def plain_parameters(op: DataOp) -> list[tuple[Mapping[str, Tensor | None], str, Tensor]]:
+    """The module's own parameters, with what holds them: coefficients may be made of them (DoRA reads the weight)."""
+    place = op.source.held_in()
+    return [(place, n, t) for n, t in place.items() if t is not None and type(t.data) is Tensor]
+
+
+def run(method: Method, c: Mapping[str, Tensor], x: Any, op: Op) -> Any:
+    """A method's body on x, with the bias kept outside where the method asks for that."""
+    if not method.bias_outside:
+        return method.forward(c, x, op)
+    bias = op.bias()
+    y = method.forward(c, x, op if bias is None else Unbiased(op))
+    return y if bias is None else op.shift(y, bias)
+
+
+class Shared(nn.Module):
+    """Tensors that all sites of one adapter use."""
+
+    def __init__(self, tensors: Mapping[str, Tensor | Frozen]):
+        super().__init__()
+        hold(self, tensors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+
+
+def hold(module: nn.Module, tensors: Mapping[str, Tensor | Frozen]) -> None:
+    """Register tensors on a module: `Frozen` and integer ones as buffers, the others as parameters."""
+    for name, value in tensors.items():
+        tensor = value.tensor if isinstance(value, Frozen) else value
+        if not isinstance(tensor, nn.Parameter):  # in the order that a file holds, so that a loaded one rounds alike
+            tensor = tensor.contiguous()
+        if isinstance(value, Frozen) or not tensor.is_floating_point():
+            module._buffers[name] = tensor
+        else:
+            module._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+
+
+class Adapted(OpView):
+    """An adapter applied to an operator is an operator: this is how adapters nest."""
+
+    def __init__(self, adapter: Adapter, inner: Op):
+        super().__init__(inner)
+        self.adapter = adapter
+
+    def __call__(self, x: Any) -> Any:
+        return self.adapter.run(x, self.inner)
+
+    def weight(self) -> Tensor:
+        weight = self._merged().weight
+        assert weight is not None, "an adapted map holds the one it adapts"
+        return weight
+
+    def bias(self) -> Tensor | None:
+        return None if self.inner.bias() is None and not isinstance(self.inner, Adapted) else self._merged().bias
+
+    def _merged(self) -> Affine:
+        inner = WeightOp(self.site, self.inner.weight(), self.inner.bias())
+        return self.adapter.run(inner.input(), inner)

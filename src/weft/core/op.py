@@ -1,0 +1,203 @@
+"""The verbs: all that a method may do to the map it adapts, and what they mean on data.
+
+Shape letters used everywhere: B batch, T tokens, I in, O out, R rank, N blocks, E experts, K stacked adapters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.core.site import Site
+
+
+class Op(ABC):
+    """A frozen map W with its bias. One method body, read with different ops, trains, merges, batches and counts.
+
+    Values are tensors for ops on data and `Affine` maps for `weft.core.affine.WeightOp`.
+    """
+
+    site: Site
+
+    @abstractmethod
+    def __call__(self, x: Any) -> Any:
+        """The frozen map itself: W x + bias."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """W as a dense matrix, [O, I, *kernel]. Dequantised, and merged where the map is itself an adapted one."""
+
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """What W x is shifted by, [O], or None."""
+
+    @abstractmethod
+    def project(self, x: Any, a: Tensor) -> Any:
+        """a x: the map with weight `a` [R, I, *kernel] in place of W, in this operator's own geometry."""
+
+    @abstractmethod
+    def expand(self, h: Any, b: Tensor, onto: Any = None) -> Any:
+        """b h: mix the channels of h pointwise with `b` [O, R]; added to `onto` where given (one fused operation)."""
+
+    @abstractmethod
+    def scale(self, y: Any, g: Tensor) -> Any:
+        """diag(g) y: one gain per channel."""
+
+    @abstractmethod
+    def shift(self, y: Any, b: Tensor) -> Any:
+        """y + b: one offset per channel."""
+
+    @abstractmethod
+    def rotate(self, x: Any, q: Tensor) -> Any:
+        """blockdiag(q) x: one small matrix per block of channels, q [N, block out, block in], square or not."""
+
+    def prepend(self, y: Any, *rows: Tensor) -> Any:
+        """y with virtual rows [N, C] before what it reads: tokens of an input, keys and values of an attention."""
+        raise TypeError(f"{self.site.address} is of kind {self.site.kind}: no virtual tokens can come before its input")
+
+    def attend(self, y: Any, hidden: Tensor, gate: Tensor) -> Any:
+        """y + gate * what this attention's queries read from `hidden` [N, I], in a softmax of its own."""
+        raise TypeError(f"{self.site.address} is of kind {self.site.kind}: only an attention can attend")
+
+    @abstractmethod
+    def permute(self, x: Any, order: Tensor) -> Any:
+        """The channels of x in another order: channel j of the result is channel order[j] of x."""
+
+    @abstractmethod
+    def drop(self, x: Any, p: float) -> Any:
+        """Dropout while the module trains; the identity otherwise and in every other reading."""
+
+
+def _cast(a: Tensor, x: Tensor) -> Tensor:
+    """The one place where dtypes meet: coefficients follow the data (a no-op when they already agree)."""
+    return a if a.dtype == x.dtype or _autocast(x) else a.to(x.dtype)
+
+
+def _autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+class Source(Protocol):
+    """What an op on data needs of the module it reads."""
+
+    def call(self, x: Tensor) -> Tensor:
+        """The module's own forward: W x + bias."""
+
+    def weight(self) -> Tensor:
+        """[O, I, *kernel], dequantised."""
+
+    def bias(self) -> Tensor | None:
+        """[O] or None."""
+
+    def training(self) -> bool:
+        """Whether the module is in training mode."""
+
+    def held_in(self) -> Mapping[str, Tensor | None]:
+        """The module's own parameters by name: coefficients that were made from them notice a change."""
+
+
+class DataOp(Op):
+    """A module's map on activations whose channels are the last dimension."""
+
+    channel = -1
+
+    def __init__(self, site: Site, source: Source):
+        self.site, self.source = site, source
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.source.call(x)
+
+    def weight(self) -> Tensor:
+        return self.source.weight()
+
+    def bias(self) -> Tensor | None:
+        return self.source.bias()
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.linear(x, _cast(a, x))
+
+    def expand(self, h: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+        y = F.linear(h, _cast(b, h))
+        if onto is None:
+            return y
+        return y.add_(onto) if y.dtype == onto.dtype else onto + y  # y is fresh: no second tensor of this size
+
+    def scale(self, y: Tensor, g: Tensor) -> Tensor:
+        return y * self._on_channels(_cast(g, y))
+
+    def shift(self, y: Tensor, b: Tensor) -> Tensor:
+        return y + self._on_channels(_cast(b, y))
+
+    def rotate(self, x: Tensor, q: Tensor) -> Tensor:
+        n, _, block = q.shape
+        x = x.movedim(self.channel, -1)
+        # blocks lead so that the product is one batched matmul: [N, ..., block] @ [N, block, block]
+        parts = x.unflatten(-1, (n, block)).movedim(-2, 0)  # [N, ..., block]
+        y = (parts.unsqueeze(-2).flatten(1, -2) @ _cast(q, x).mT).view(*parts.shape[:-1], q.shape[1])
+        return y.movedim(0, -2).flatten(-2).movedim(-1, self.channel)
+
+    def permute(self, x: Tensor, order: Tensor) -> Tensor:
+        return x.index_select(x.ndim + self.channel, order)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return F.dropout(x, p, training=True) if p and self.source.training() else x
+
+    def _on_channels(self, v: Tensor) -> Tensor:
+        return v if self.channel == -1 else v.reshape(*v.shape, *[1] * (-1 - self.channel))
+
+
+class ConvSource(Source, Protocol):
+    """A convolution module, which can also run its own geometry with another kernel."""
+
+    def conv(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """The module's stride, padding and dilation with `kernel` in place of its weight, without bias."""
+
+
+class ConvOp(DataOp):
+    """A convolution: channels come before the spatial dimensions, `project` keeps stride, padding and dilation."""
+
+    def __init__(self, site: Site, source: ConvSource):
+        super().__init__(site, source)
+        self.conv = source.conv
+        self.channel = -1 - len(site.kernel_size)
+        self.pointwise = (F.conv1d, F.conv2d, F.conv3d)[len(site.kernel_size) - 1]
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.conv(x, _cast(a, x))
+
+    def expand(self, h: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+        b = _cast(b, h).reshape(*b.shape, *[1] * len(self.site.kernel_size))
+        y = self.pointwise(h, b, groups=self.site.groups)
+        return y if onto is None else onto + y
+
+
+class LookupOp(DataOp):
+    """An embedding: the input is a token id, so `project` looks rows up and the input has no channels to move."""
+
+    def project(self, x: Tensor, a: Tensor) -> Tensor:
+        # ids have no dtype for the result to follow: it follows the table's
+        return F.embedding(x, a.mT).to(self.source.weight().dtype)
+
+    def scale(self, y: Tensor, g: Tensor) -> Tensor:
+        self._refuse(y, "scaled")
+        return super().scale(y, g)
+
+    def rotate(self, x: Tensor, q: Tensor) -> Tensor:
+        self._refuse(x, "rotated")
+        return super().rotate(x, q)
+
+    def permute(self, x: Tensor, order: Tensor) -> Tensor:
+        self._refuse(x, "permuted")
+        return super().permute(x, order)
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return x if not x.is_floating_point() else super().drop(x, p)
+
+    def _refuse(self, x: Tensor, done: str) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"{self.site.address} is an embedding: its input is token ids, which cannot be {done}")

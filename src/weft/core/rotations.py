@@ -1,0 +1,41 @@
+"""Rotations of blocks of channels: skew matrices, the Cayley map, and the orders of a butterfly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["butterfly_order", "cayley", "cayley_series", "skew"]
+
+
+def skew(v: Tensor, block: int) -> Tensor:
+    """Skew matrices [N, block, block] from their upper triangles, row by row: v [N, block (block - 1) / 2]."""
+    i, j = torch.triu_indices(block, block, 1, device=v.device)
+    place = torch.zeros(block, block, dtype=torch.long, device=v.device)
+    sign = torch.zeros(block, block, dtype=v.dtype, device=v.device)
+    place[i, j] = place[j, i] = torch.arange(len(i), device=v.device)
+    sign[i, j], sign[j, i] = 1.0, -1.0
+    return v[:, place.flatten()].unflatten(1, (block, block)) * sign
+
+
+def cayley(q: Tensor) -> Tensor:
+    """(I - Q)(I + Q)^-1: an orthogonal matrix for every skew one, [N, block, block]."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    return torch.linalg.solve(eye + q, eye - q, left=False)
+
+
+def cayley_series(q: Tensor, terms: int) -> Tensor:
+    """The start of the series of (I + Q)(I - Q)^-1: I + 2 Q + 2 Q^2 + ... + Q^(terms - 1); terms >= 4."""
+    result = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) + 2 * q
+    power = q
+    for n in range(2, terms):
+        power = power @ q
+        result = result + (power if n == terms - 1 else 2 * power)
+    return result
+
+
+def butterfly_order(size: int, block: int, level: int, device: torch.device) -> Tensor:
+    """Order of channels in which blocks meet partners 2^level blocks away: even half-blocks, then odd ones."""
+    if level == 0:
+        return torch.arange(size, device=device)
+    return torch.arange(size, device=device).view(-1, 2**level, 2, block // 2).transpose(1, 2).flatten()

@@ -1,0 +1,167 @@
+"""Virtual tokens: what adapters put beside an input instead of changing a weight, and how rows of a batch share it.
+
+A body at such a site does not compute; it says what it wants (a `Virtual`), and the seat carries it out in one call.
+So one route, a stack and a batch of different adapters are all the same: gather the wishes, then run the module once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from weft.core.adapter import Adapter
+from weft.core.op import DataOp
+from weft.core.route import Blend, Route, Rows, Stack, apply, names
+from weft.kinds.seat import Seat
+
+UNMERGEABLE = "virtual tokens are inputs, and no weight can express them; serve the adapter unmerged"
+
+
+@dataclass(frozen=True, eq=False)
+class Virtual:
+    """What the adapters of a route add at one site.
+
+    ahead: groups of rows that come first, in order; each group is one [N, C] tensor per stream (a prompt has one
+        stream, an attention prefix has two: keys and values).
+    gated: hidden states [N, I] that are attended to beside the input, each with its gate [1].
+    """
+
+    ahead: tuple[tuple[Tensor, ...], ...] = ()
+    gated: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @property
+    def num_ahead(self) -> int:
+        """How many rows come first."""
+        return sum(group[0].shape[0] for group in self.ahead)
+
+    def stream(self, index: int) -> Tensor | None:
+        """The rows that come first, of one stream, [N, C]."""
+        return torch.cat([group[index] for group in self.ahead]) if self.ahead else None
+
+    def _refuse(self, other: Any) -> NoReturn:
+        raise TypeError(
+            "virtual tokens cannot be weighted or added up: a blend of prompts is no prompt that was trained. "
+            "Use one of them, weft.Stack of several (all their tokens), or one per row"
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+
+
+class VirtualOp(DataOp):
+    """The op of a site that virtual tokens join: the map itself changes nothing about them."""
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+    def prepend(self, y: Any, *rows: Tensor) -> Any:
+        return replace(y, ahead=(rows, *y.ahead))
+
+    def attend(self, y: Any, hidden: Tensor, gate: Tensor) -> Any:
+        return replace(y, gated=(*y.gated, (hidden, gate)))
+
+
+class VirtualSeat(Seat):
+    """A seat whose adapters add virtual tokens; it has no weight of its own that could be merged into."""
+
+    has_weight = False
+
+    def make_op(self) -> VirtualOp:
+        return VirtualOp(self.site, self)
+
+    def weight(self) -> Tensor:
+        raise TypeError(f"{self.site.address} has no weight of its own: {UNMERGEABLE}")
+
+    stored = weight
+
+    def bias(self) -> Tensor | None:
+        return None
+
+    def value(self, route: Route) -> Any:
+        raise TypeError(UNMERGEABLE)
+
+    def routes(self) -> tuple[Route, ...]:
+        """The distinct routes in use, one unless rows differ."""
+        route = self.weave.route
+        return route.routes if isinstance(route, Rows) else (route,)
+
+    def wishes(self) -> list[Virtual]:
+        """What each distinct route adds here."""
+        return [apply(route, Virtual(), self.op, self.adapters) for route in self.routes()]
+
+    def counts(self) -> tuple[int, ...]:
+        """How many rows come first under each distinct route, without computing them."""
+        present = self.adapters
+        return tuple(sum(num_ahead(present[n]) for n in names(r) if n in present) for r in self.routes())
+
+    def ids(self, size: int, device: torch.device) -> Tensor | None:
+        """For every row of a batch, which distinct route it uses; None when there is only one."""
+        route = self.weave.route
+        if not isinstance(route, Rows):
+            return None
+        key = ("ids", size, self.weave.expand, device)
+        if key not in route._cache:
+            ids = route.for_leading(size, exact=True, expand=self.weave.expand)
+            route._cache[key] = torch.tensor(ids, device=device)
+        return route._cache[key]
+
+
+def num_ahead(adapter: Adapter) -> int:
+    """How many rows an adapter puts first."""
+    return adapter.__dict__["num_ahead"]
+
+
+@torch.no_grad()
+def measure(seat: VirtualSeat, name: str) -> None:
+    """Note how many rows an adapter puts first, which only its body knows."""
+    adapter = seat.adapters[name]
+    adapter.__dict__["num_ahead"] = adapter.run(Virtual(), seat.op).num_ahead
+
+
+def check_blend(route: Route, seats: Sequence[VirtualSeat]) -> None:
+    """TypeError for a weighted sum that holds virtual tokens."""
+    match route:
+        case Stack(routes=parts) | Rows(routes=parts):
+            for part in parts:
+                check_blend(part, seats)
+        case Blend():
+            if any(names(route) & seat.adapters.keys() for seat in seats):
+                Virtual()._refuse(None)
+
+
+def batched(parts: Sequence[Tensor | None], ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """[N, C] rows of each distinct route -> [B or 1, N, C] with shorter ones padded at the front, and which are real.
+
+    The mask [B, N] is None when every row of the batch has all of them.
+    """
+    if ids is None:
+        return (None if parts[0] is None else parts[0].unsqueeze(0)), None
+    known = [p for p in parts if p is not None]
+    if not known:
+        return None, None
+    size = max(len(p) for p in known)
+    full = []
+    for part in parts:
+        part = known[0][:0] if part is None else part
+        full.append(torch.cat([part.new_zeros(size - len(part), part.shape[1]), part]))
+    counts = tuple(0 if p is None else len(p) for p in parts)
+    return torch.stack(full)[ids], real(counts, ids)
+
+
+def real(counts: Sequence[int], ids: Tensor | None) -> Tensor | None:
+    """Which of the leading rows each row of the batch has, [B, N]; None when all have all."""
+    if ids is None or len(set(counts)) == 1:
+        return None
+    size = max(counts)
+    own = torch.tensor(counts, device=ids.device)[ids].unsqueeze(1)  # [B, 1]
+    return torch.arange(size, device=ids.device) >= size - own
+
+
+def per_row(counts: Sequence[int], ids: Tensor | None) -> int | Tensor:
+    """A number for every row of the batch, [B, 1], or one for all."""
+    if ids is None or len(set(counts)) == 1:
+        return counts[0]
+    return torch.tensor(counts, device=ids.device)[ids].unsqueeze(1)
