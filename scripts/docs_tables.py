@@ -1,0 +1,108 @@
+"""Write the tables of README.md and docs/ that come from the code; `--check` says whether they are current.
+
+    python -m scripts.docs_tables [--check]
+
+A table stands between `<!-- generated: NAME -->` and `<!-- end -->`; what is around it is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from weft.capabilities import Capabilities, capabilities, in_short
+from weft.recipe import docs_table
+from weft.registry import methods
+
+ROOT = Path(__file__).resolve().parent.parent
+_PLACE = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?\n?(<!-- end -->)", re.DOTALL)
+
+
+def built_in() -> list[Capabilities]:
+    """Weft's own methods: what happens to be installed beside it is not in its documentation."""
+    return [capabilities(cls) for cls in methods().values() if cls.__module__.startswith("weft.methods.")]
+
+
+def method_catalogue() -> str:
+    """Every method in full: a table of what it can do, and its options."""
+    parts = []
+    for each in built_in():
+        parts += [f"### `{each.name}`: {each.class_name}", "", each.summary[:1].upper() + each.summary[1:], ""]
+        parts += ["```text", each.equation, "```", "", each.source, ""]
+        parts += ["| adapts | by default | merges | rows in one batch |", "| --- | --- | --- | --- |"]
+        cells = (", ".join(each.kinds), f"`{each.default_targets}`", _answers(each.merges), in_short(each.rows))
+        parts += [_row(cells), ""]
+        if each.options:
+            parts += ["| option | value | default | meaning |", "| --- | --- | --- | --- |"]
+        for option in each.options:
+            value = option.type + (f", {option.limits}" if option.limits else "")
+            parts.append(_row((f"`{option.name}`", value, f"`{option.default}`", option.help)))
+        parts += [""] * bool(each.options)
+    return "\n".join(parts).rstrip("\n") + "\n"
+
+
+def method_table() -> str:
+    """Every method on one line."""
+    head = "| method | what it is | adapts | merges | rows in one batch | paper |"
+    lines = [head, "| --- | --- | --- | --- | --- | --- |"]
+    for each in built_in():
+        paper = f"[{each.paper}](https://arxiv.org/abs/{each.paper})" if each.paper else ""
+        able = ", ".join(each.kinds), in_short(each.merges), in_short(each.rows)
+        cells = (f"`{each.name}`", each.summary.rstrip("."), *able, paper)
+        lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "methods": method_table,
+    "catalogue": method_catalogue,
+    "recipe": docs_table,
+}
+
+
+def filled(text: str, where: str) -> str:
+    """A page with its tables as the code gives them now."""
+
+    def fill(found: re.Match[str]) -> str:
+        if found[2] not in TABLES:
+            raise SystemExit(f"{where}: there is no table {found[2]!r}; known: {', '.join(TABLES)}")
+        return f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}"
+
+    return _PLACE.sub(fill, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when a table is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        if not page.is_file():
+            continue
+        text = page.read_text(encoding="utf-8")
+        new = filled(text, str(page.relative_to(ROOT)))
+        if new != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    for name in stale:
+        print(f"{name}: {'out of date; run make docs-table' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+def _answers(found: object) -> str:
+    assert isinstance(found, dict)
+    if set(found.values()) == {"yes"}:
+        return "yes"
+    return "; ".join(f"{kind}: {answer}" for kind, answer in found.items())
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
