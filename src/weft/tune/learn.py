@@ -1,0 +1,167 @@
+"""The training part of a run: the loop, with what happens around its steps (log, validation, checkpoints, stopping)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from weft import objectives
+from weft.errors import WeftError
+from weft.tune.activations import recompute_activations
+from weft.tune.evaluate import measure, pad_token
+from weft.tune.keeper import Keeper, named_parameters
+from weft.tune.log import Sink
+from weft.tune.loop import Diverged, Learner, Progressed, StepResult, make_scaler, train
+from weft.tune.machine import DISK_ERRORS, memory_bytes
+from weft.tune.optimizers import make_optimizer
+from weft.tune.progress import Progress
+from weft.tune.session import Session
+from weft.tune.stop import Interrupted, Stop
+
+__all__ = ["learn", "make_learner"]
+
+
+def make_learner(session: Session) -> Learner:
+    """The optimiser and all else that steps need, for a session whose adapter is attached."""
+    settings, model = session.recipe.train, session.model
+    trained = named_parameters(model, session.name)
+    if settings.gradient_checkpointing:
+        recompute_activations(model)
+    return Learner(
+        model=model,
+        parameters=trained,
+        optimizer=make_optimizer(trained, settings),
+        scaler=make_scaler(session.device, settings.precision),
+        loss_of=objectives.get(session.recipe.task).loss,
+        call=torch.compile(model) if settings.compile else model,
+    )
+
+
+def learn(
+    session: Session,
+    learner: Learner,
+    progressed: Progressed,
+    keeper: Keeper,
+    sinks: Sequence[Sink],
+    progress: Progress,
+) -> None:
+    """Train to the last step; the last checkpoint is then of that step.
+
+    Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written first, Diverged for a loss that is not a
+    number, and WeftError for a disk that refuses.
+    """
+    config: Any = getattr(session.model, "config", None)
+    caches = getattr(config, "use_cache", None)
+    if caches is not None:  # training reads no cache of keys and values, and building one takes memory
+        config.use_cache = False
+    try:
+        with Stop() as stop, progress:
+            watch = _Watch(session, learner, progressed, keeper, sinks, progress, stop)
+            try:
+                train(
+                    learner,
+                    session.splits.train,
+                    session.recipe.train,
+                    progressed,
+                    pad_token=pad_token(session.tokenizer),
+                    after_step=watch.after_step,
+                )
+            except Diverged as error:
+                raise Diverged(f"{error}; {keeper.kept()}") from error
+            except OSError as error:
+                if error.errno not in DISK_ERRORS or isinstance(error, WeftError):
+                    raise
+                raise WeftError(f"the run cannot write ({error.strerror or error}); {keeper.kept()}") from error
+            if stop.requested and progressed.step < session.num_steps:
+                raise Interrupted(f"stopped by {stop.requested} after step {progressed.step}; {keeper.kept()}")
+    finally:
+        if caches is not None:
+            config.use_cache = caches
+        session.model.eval()
+
+
+@dataclass
+class _Watch:
+    """What happens after every step."""
+
+    session: Session
+    learner: Learner
+    progressed: Progressed
+    keeper: Keeper
+    sinks: Sequence[Sink]
+    progress: Progress
+    stop: Stop
+    loss: float = 0.0
+    num_trained: int = 0
+    num_tokens: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def after_step(self, result: StepResult) -> bool:
+        """Log, validate, keep; False when training should stop here."""
+        settings, step = self.session.recipe.train, self.progressed.step
+        last = step == self.session.num_steps
+        self.loss += result.loss * result.num_trained
+        self.num_trained += result.num_trained
+        self.num_tokens += result.num_tokens
+        self._show(result)
+        if last or step % settings.log_every == 0:
+            self._log(result)
+        if settings.evaluate_every and (step % settings.evaluate_every == 0 and not last):
+            self._validate()
+        stopping = self.stop.is_requested()
+        if last or stopping or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+            self.keeper.save(self.learner, self.progressed)
+        return not stopping
+
+    def _speed(self) -> float:
+        return self.num_tokens / max(time.perf_counter() - self.since, 1e-9)
+
+    def _show(self, result: StepResult) -> None:
+        held = memory_bytes(self.session.device)
+        self.progress.update(self.progressed.step, loss=result.loss, tokens_per_second=self._speed(), memory_bytes=held)
+
+    def _log(self, result: StepResult) -> None:
+        """The mean since the last line, over trained positions."""
+        done, held = self.progressed, memory_bytes(self.session.device)
+        loss, speed = self.loss / self.num_trained, self._speed()
+        record = {
+            "event": "train",
+            "step": done.step,
+            "loss": loss,
+            "learning_rate": result.learning_rate,
+            "tokens": done.num_tokens,
+            "tokens_per_second": round(speed, 1),
+            "gradient_norm": result.gradient_norm,
+            "memory_bytes": held,
+            "seconds": round(done.seconds, 3),
+        }
+        for sink in self.sinks:
+            sink.write(record)
+        left = done.seconds / done.step * (self.session.num_steps - done.step)
+        self.progress.log(done.step, loss=loss, tokens_per_second=speed, memory_bytes=held, seconds_left=left)
+        self._restart_interval()
+
+    def _validate(self) -> None:
+        session, validation = self.session, self.session.splits.validation
+        if validation is None:
+            return
+        settings, step = session.recipe.train, self.progressed.step
+        figures = measure(
+            session.model, session.tokenizer, validation.examples, task=session.recipe.task,
+            batch_size=settings.batch_size, precision=settings.precision, stopped=self.stop.is_requested,
+        )  # fmt: skip
+        if figures:
+            best = self.progressed.best
+            if not best or figures["loss"] < best["loss"]:
+                self.progressed.best = {"step": step, "loss": figures["loss"]}
+            for sink in self.sinks:
+                sink.write({"event": "validation", "step": step, **figures})
+            self.progress.note(f"step {step}/{session.num_steps}  validation loss {figures['loss']:.4f}")
+        self._restart_interval()
+
+    def _restart_interval(self) -> None:
+        self.loss, self.num_trained, self.num_tokens, self.since = 0.0, 0, 0, time.perf_counter()

@@ -1,0 +1,167 @@
+"""What a run works on: the recipe with everything it names loaded, and the plan of what will be adapted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from weft.attach import attach_plan, use
+from weft.calibrate import collect
+from weft.data import Batch, Dataset, Splits, batches, collate, load_data
+from weft.recipe import Recipe, load_recipe, resolve_method
+from weft.registry import methods
+from weft.targets import Plan, resolve
+from weft.tune.evaluate import context_length, device_of, load_forgetting, pad_token
+from weft.tune.loop import num_steps
+from weft.tune.random_state import seed_everything
+from weft.tune.tasks import TASKS, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Session", "attach_adapter", "prepare", "short_plan", "threads"]
+
+_CALIBRATION_BATCHES = 32
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Session:
+    """A recipe and what it names. `name` is the adapter's, after the folder of the run."""
+
+    recipe: Recipe
+    name: str
+    folder: Path
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
+    base_like: Dataset | None
+    task: Task
+    plan: Plan
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return num_steps(self.recipe.train, len(self.splits.train))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
+
+    @property
+    def held_out(self) -> Dataset:
+        """Rows to show and to compare: not trained on, where there are such."""
+        return self.splits.validation or self.splits.test or self.splits.train
+
+    def calibration(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of the training data in the order of the run, for starts that read statistics of data."""
+        settings, examples = self.recipe.train, self.splits.train.examples
+        stream = batches(len(examples), batch_size=settings.batch_size, seed=settings.seed)
+        for rows, _ in islice(stream, _CALIBRATION_BATCHES):
+            yield model_inputs(self.batch([examples[row] for row in rows]), labels=True)
+
+    def batch(self, examples: Any) -> Batch:
+        """Examples as one batch on the model's device."""
+        return collate(examples, pad_token=pad_token(self.tokenizer)).to(self.device)
+
+
+def prepare(recipe: Recipe | str | Path, say: Say) -> Session:
+    """Load everything that a recipe names and resolve what will be adapted; nothing is written and nothing attached.
+
+    Raises RecipeError, DataError or TargetError for whatever cannot be used.
+    """
+    from weft.base import load_base
+
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    method = resolve_method(recipe.method, methods())
+    folder = Path(recipe.output or "runs/adapter")
+    seed_everything(recipe.train.seed)
+    base = recipe.base
+    model, tokenizer = load_base(base.model, dtype=base.dtype, quantize=base.quantize, revision=base.revision)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    splits = load_data(recipe.data, tokenizer, task=recipe.task, context=context_length(model))
+    for report in splits.reports:
+        say(report.as_text())
+    base_like = load_forgetting(recipe, model, tokenizer)
+    task = TASKS[recipe.task]
+    model = task.prepare(model, splits)
+    name = _adapter_name(folder)
+    plan = resolve(
+        model,
+        method,
+        recipe.targets,
+        name=name,
+        layers=recipe.layers,
+        save_modules=tuple(dict.fromkeys([*task.save_modules, *recipe.save_modules])),
+        seed=recipe.train.seed,
+    )
+    return Session(recipe, name, folder, model, tokenizer, splits, base_like, task, plan)
+
+
+def attach_adapter(session: Session) -> None:
+    """Carry out the plan, and use the adapter."""
+    model, plan = session.model, session.plan
+    attach_plan(model, plan, statistics=collect(model, plan, session.calibration()))
+    use(model, session.name)
+
+
+def model_inputs(batch: Batch, *, labels: bool = False) -> dict[str, torch.Tensor]:
+    """A batch as the arguments of a transformers model."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return inputs | ({"labels": batch.labels} if labels else {})
+
+
+def short_plan(plan: Plan) -> str:
+    """What will be trained, in a few lines: each name once, with its layers."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for planned in plan.sites:
+        site = planned.site
+        where = site.address.rsplit(".", 1)[-1] if site.layer is not None else site.address
+        numbers = layers.setdefault((where, planned.method.name), [])
+        if site.layer is not None:
+            numbers.append(site.layer)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for (where, method), numbers in layers.items():
+        found = f" in layers {ranges(numbers)}" if numbers else ""
+        groups.setdefault((found, method), []).append(where)
+    lines = [f"  {method}: {', '.join(names)}{found}" for (found, method), names in groups.items()]
+    return "\n".join([str(plan).splitlines()[-1], *lines])
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ranges: 0-3, 7."""
+    found: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in found)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """A number of CPU threads inside the `with`; None leaves it as it is."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _adapter_name(folder: Path) -> str:
+    """A name that adapters may have, made of the folder's."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", folder.name).strip("-") or "adapter"
