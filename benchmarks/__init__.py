@@ -1,0 +1,1 @@
+"""Measured claims: one file, one claim, each beside its rival in one run."""
