@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.attach import AdapterError, attach_plan, merge, parameters, unmerge, use, using
+from weft.attach import AdapterError, attach_plan, merge, parameters, unmerge, use, using, weave_of
 from weft.core.method import Method
+from weft.core.pile import Piles
 from weft.core.site import Site
 from weft.errors import WeftError
 from weft.interop.folder import load, save
@@ -21,8 +22,8 @@ from weft.targets import Plan, TargetError, resolve
 
 __all__ = [
     "PLACES", "TOLERANCE", "VIRTUAL_PLACES", "MethodError", "Place", "Report", "Single", "attach_to", "check_count",
-    "check_gradients", "check_merge", "check_method", "check_rows", "check_saved", "check_start", "difference",
-    "floats", "norm", "shake", "woven",
+    "check_gradients", "check_many", "check_merge", "check_method", "check_rows", "check_saved", "check_start",
+    "difference", "floats", "norm", "shake", "woven",
 ]  # fmt: skip
 
 TOLERANCE = 1e-6
@@ -91,6 +92,7 @@ def check_method(method: type[Method], *, options: Mapping[str, Any] | None = No
         merges[place.kind] = check_merge(chosen, place)
         check_rows(chosen, place)
         check_gradients(chosen, place)
+        check_many(chosen, place)
         check_count(chosen, place)
         with tempfile.TemporaryDirectory() as folder:
             check_saved(chosen, place, Path(folder) / "adapter")
@@ -233,6 +235,29 @@ def check_gradients(method: Method, place: Place) -> None:
             if difference(model(*batch), output) == 0:
                 raise MethodError(f"{method.name} at {place.name}: {name} is trainable and does not move the output")
             p.copy_(kept)
+
+
+def check_many(method: Method, place: Place) -> None:
+    """Adapters that learn in one batch, each on rows of its own, get the gradients that they get one by one."""
+    model, names, batch = woven(method, place, "a", "b", "c"), ("a", "b", "c"), place.batch(6)
+    found: dict[str, list[Tensor]] = {}
+    for i, name in enumerate(names):
+        with using(model, name):
+            model(*(x[2 * i : 2 * i + 2] for x in batch)).square().sum().backward()
+        found[name] = [p.grad for p in parameters(model, name) if p.grad is not None]
+    model.zero_grad()
+    piles = Piles([seat.adapters[n] for n in names] for seat in weave_of(model).seats.values())
+    for route in ([n for n in names for _ in range(2)], ["b", "a", "c", "a", "c", "b"]):
+        order = torch.tensor([2 * names.index(n) + route[:i].count(n) for i, n in enumerate(route)])
+        with using(model, route):
+            model(*(x[order] for x in batch)).square().sum().backward()
+        piles.deal()
+        for name in names:
+            for p, alone in zip(parameters(model, name), found[name], strict=True):
+                assert p.grad is not None, "every tensor got one on its own"
+                _within(difference(p.grad, alone), method, place, f"{name}'s gradient in one batch with others differs")
+        model.zero_grad()
+    piles.part()
 
 
 def check_count(method: Method, place: Place) -> None:

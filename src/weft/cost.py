@@ -122,6 +122,9 @@ class _Meta:
     def training(self) -> bool:
         return False
 
+    def linear(self) -> bool:
+        return False
+
     def held_in(self) -> Mapping[str, Tensor | None]:
         return {}
 

@@ -185,6 +185,11 @@ def test_gradients_reach_the_adapter_only(case):
 
 
 @each(CASES)
+def test_adapters_that_learn_in_one_batch_get_their_own_gradients(case):
+    checks.check_many(case.method, case.cell)
+
+
+@each(CASES)
 def test_count_on_meta_equals_the_real_one(case):
     checks.check_count(case.method, case.cell)
 

@@ -3,78 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from weft.core import fused
 from weft.core.affine import Affine, WeightOp
 from weft.core.method import Frozen, Method
 from weft.core.op import DataOp, Op
+from weft.core.plain import is_plain
 from weft.core.site import Site
+from weft.core.view import OpView, Unbiased
 
-
-class OpView(Op):
-    """An op that is another one but for what a subclass changes."""
-
-    def __init__(self, inner: Op):
-        self.inner, self.site = inner, inner.site
-
-    def __call__(self, x: Any) -> Any:
-        return self.inner(x)
-
-    def weight(self) -> Tensor:
-        return self.inner.weight()
-
-    def bias(self) -> Tensor | None:
-        return self.inner.bias()
-
-    def project(self, x: Any, a: Tensor) -> Any:
-        return self.inner.project(x, a)
-
-    def expand(self, h: Any, b: Tensor, onto: Any = None) -> Any:
-        return self.inner.expand(h, b, onto)
-
-    def scale(self, y: Any, g: Tensor) -> Any:
-        return self.inner.scale(y, g)
-
-    def shift(self, y: Any, b: Tensor) -> Any:
-        return self.inner.shift(y, b)
-
-    def rotate(self, x: Any, q: Tensor) -> Any:
-        return self.inner.rotate(x, q)
-
-    def permute(self, x: Any, order: Tensor) -> Any:
-        return self.inner.permute(x, order)
-
-    def drop(self, x: Any, p: float) -> Any:
-        return self.inner.drop(x, p)
-
-    def prepend(self, y: Any, *rows: Tensor) -> Any:
-        return self.inner.prepend(y, *rows)
-
-    def attend(self, y: Any, hidden: Tensor, gate: Tensor) -> Any:
-        return self.inner.attend(y, hidden, gate)
-
-
-class Unbiased(OpView):
-    """The map without its bias, for methods that must not touch it."""
-
-    def __call__(self, x: Any) -> Any:
-        b = self.inner.bias()
-        return self.inner(x) if b is None else self.inner.shift(self.inner(x), -b)
-
-    def bias(self) -> Tensor | None:
-        return None
-
-
-class Once(OpView):
-    """The map, computed once for one input however many adapters read it."""
-
-    def __call__(self, x: Any) -> Any:
-        if getattr(self, "_x", None) is not x:
-            self._x, self._y = x, self.inner(x)
-        return self._y
+if TYPE_CHECKING:
+    from weft.core.held import Held
 
 
 class Adapter(nn.Module):
@@ -88,6 +31,7 @@ class Adapter(nn.Module):
     shared: Shared | None
     plain: bool
     age: int
+    held: Held | None
     _kept: tuple[Any, Mapping[str, Tensor]] | None
 
     def __init__(
@@ -97,7 +41,7 @@ class Adapter(nn.Module):
         plain = type(method).coefficients is Method.coefficients and site.experts is None
         # Past torch's __setattr__, which looks through parameters and modules: this runs for every site and step.
         # `age` counts how often kept coefficients were dropped.
-        self.__dict__.update(method=method, site=site, shared=shared, plain=plain, _kept=None, age=0)
+        self.__dict__.update(method=method, site=site, shared=shared, plain=plain, held=None, _kept=None, age=0)
         hold(self, tensors)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -111,6 +55,8 @@ class Adapter(nn.Module):
             return self.tensors() if self.plain else self._compute(op)
         if torch.is_grad_enabled():
             self.forget()  # a step may follow that writes behind the version counter (8-bit optimisers, `.data`)
+            if self.held is not None:
+                return self.held.coefficients(lambda: self._compute(op))
             return self.tensors() if self.plain else self._compute(op)
         if self.plain:
             return self.tensors()
@@ -148,6 +94,8 @@ class Adapter(nn.Module):
     def run(self, x: Any, op: Op, *, keep: bool = False) -> Any:
         """The adapted map on x, in whatever reading `op` is."""
         c, method = self.coefficients(op, keep=keep), self.method
+        if isinstance(op, DataOp) and fused.fuses(op):
+            return fused.value(run(method, c, x, fused.TrainOp(op, c, lambda: self._compute(op))))
         return method.forward(c, x, op) if not method.bias_outside else run(method, c, x, op)
 
     def _compute(self, op: Op) -> Mapping[str, Tensor]:
@@ -168,7 +116,7 @@ class Adapter(nn.Module):
 def plain_parameters(op: DataOp) -> list[tuple[Mapping[str, Tensor | None], str, Tensor]]:
     """The module's own parameters, with what holds them: coefficients may be made of them (DoRA reads the weight)."""
     place = op.source.held_in()
-    return [(place, n, t) for n, t in place.items() if t is not None and type(t.data) is Tensor]
+    return [(place, n, t) for n, t in place.items() if t is not None and is_plain(t.data)]
 
 
 def run(method: Method, c: Mapping[str, Tensor], x: Any, op: Op) -> Any:

@@ -189,6 +189,7 @@ class StartOp(WeightOp):
     """What a method's `init` is given: the frozen map, read only when asked, and statistics of calibration data."""
 
     tokenize: Callable[[str], list[int]] | None = None
+    write: Callable[[Tensor], None] | None = None
 
     def __init__(
         self,
@@ -215,6 +216,33 @@ class StartOp(WeightOp):
         if self.tokenize is None:
             raise ValueError(f"{self.site.address} reads no tokens: a text cannot be a start here")
         return self.tokenize(text)
+
+    def original(self) -> Tensor:
+        """W before the base was quantised, [O, I]; only a session that quantises the base itself still has it."""
+        if torch.device(self.site.device).type != "meta" and "original" not in self.statistics:
+            raise ValueError(
+                f"this start makes up for what quantising {self.site.address} loses, and the weight before quantising "
+                "is not at hand: start from a base in full precision and let Weft quantise it (base.quantize), or "
+                "choose another start"
+            )
+        return self._statistic("original", self.site.shape)
+
+    def fisher(self) -> Tensor:
+        """Mean over the calibration data of the squared gradient of one row's loss for W, [O, I]."""
+        return self._statistic("fisher", self.site.shape)
+
+    def solution(self, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Factors that were found together with the codes, by whoever quantised the base."""
+        return tuple(self._statistic(f"solution.{i}", shape) for i, shape in enumerate(shapes))
+
+    def requantise(self, weight: Tensor) -> Tensor:
+        """Write a weight into the quantised base with the settings that it has; what the base then holds, [O, I]."""
+        if torch.device(self.site.device).type == "meta":
+            return weight
+        if self.write is None:
+            raise ValueError(f"{self.site.address} is not quantised: there are no codes to write")
+        self.write(weight)
+        return self._weight
 
     def covariance(self) -> Tensor:
         """Mean of x x^T over the calibration data's inputs to this site, [I, I]."""

@@ -2,45 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.core.adapter import OpView
-from weft.core.op import DataOp, _cast
+from weft.core.fused import Deferred, fuses, value
+from weft.core.op import DataOp, Op, _autocast, _cast
+from weft.core.view import OpView
 
 GATHERED_ROWS = 64
-"""A coefficient with more rows than this is not copied per batch row: its rows are sorted into segments instead."""
+"""A coefficient with more rows than this is not copied per block: its blocks are sorted into segments instead."""
 
 
 class Gather(OpView):
-    """Verbs with stacked coefficients [K, ...]; row i of the input uses number ids[i].
+    """Verbs with stacked coefficients [K, ...]. The rows of the input come in N blocks of equal size.
 
-    The frozen map runs once for all rows. Verbs are the plain op's, mapped over rows; on activations [B, T, C] they are
-    batched matmuls.
+    ids [N]: which coefficients each block uses; None: there are K blocks, and block k uses number k, so that nothing is
+        copied. Verbs are the plain op's, mapped over blocks; on activations [B, T, C] they are batched matmuls.
+    frozen: what computes the map itself, where that is not `inner`.
     """
 
-    def __init__(self, inner: DataOp, ids: Tensor):
+    def __init__(self, inner: DataOp, ids: Tensor | None, num_blocks: int, frozen: Op | None = None):
         super().__init__(inner)
-        self.ids = ids
+        self.ids, self.num_blocks, self.frozen = ids, num_blocks, inner if frozen is None else frozen
         self.flat = type(inner) is DataOp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.frozen(x)
+        return y
 
     def project(self, x: Tensor, a: Tensor) -> Tensor:
         return self._matmul(x, a) if self.flat else self._map("project", x, a)
 
     def expand(self, h: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
-        if self.flat and onto is not None and h.ndim == 3 and b.shape[2] <= GATHERED_ROWS and onto.dtype == h.dtype:
-            return torch.baddbmm(onto, h, _cast(b, h)[self.ids].mT)
+        if self.flat and onto is not None and self._copied(b) and onto.dtype == h.dtype:
+            y = torch.baddbmm(self._blocks(onto), self._blocks(h), self._picked(_cast(b, h)).mT)
+            return y.view(onto.shape)
         y = self._matmul(h, b) if self.flat else self._map("expand", h, b)
         return y if onto is None else onto + y
 
     def scale(self, y: Tensor, g: Tensor) -> Tensor:
-        return y * self._per_row(y, g) if self.flat else self._map("scale", y, g)
+        if not self.flat:
+            return self._map("scale", y, g)
+        return (self._blocks(y) * self._picked(_cast(g, y)).unsqueeze(1)).view(y.shape)
 
     def shift(self, y: Tensor, b: Tensor) -> Tensor:
         if b.ndim == 1:  # the module's own bias, taken off for a method that must not see it: the same for all rows
             return self.inner.shift(y, b)
-        return y + self._per_row(y, b) if self.flat else self._map("shift", y, b)
+        if not self.flat:
+            return self._map("shift", y, b)
+        return (self._blocks(y) + self._picked(_cast(b, y)).unsqueeze(1)).view(y.shape)
 
     def rotate(self, x: Tensor, q: Tensor) -> Tensor:
         return self._map("rotate", x, q)
@@ -48,24 +61,122 @@ class Gather(OpView):
     def permute(self, x: Tensor, order: Tensor) -> Tensor:
         return self._map("permute", x, order)
 
-    def _map(self, verb: str, x: Tensor, c: Tensor) -> Tensor:
-        return torch.vmap(getattr(self.inner, verb))(x, c[self.ids])
+    def kron(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self._map("kron", x, a, b)
 
-    def _per_row(self, y: Tensor, v: Tensor) -> Tensor:
-        v = _cast(v, y)[self.ids]  # [B, C]
-        return v.reshape(v.shape[0], *[1] * (y.ndim - 2), v.shape[1])
+    def _map(self, verb: str, x: Tensor, *c: Tensor) -> Tensor:
+        y = torch.vmap(getattr(self.inner, verb))(x.unflatten(0, (self.num_blocks, -1)), *map(self._picked, c))
+        return y.flatten(0, 1)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return x.reshape(self.num_blocks, -1, x.shape[-1])  # [N, rows and tokens of a block, C]
+
+    def _picked(self, c: Tensor) -> Tensor:
+        return c if self.ids is None else c.index_select(0, self.ids)  # [N, ...]; its backward only adds
+
+    def _copied(self, a: Tensor) -> bool:
+        """Whether a copy of a's matrices for every block is cheap, or none is needed."""
+        return self.ids is None or min(a.shape[1:]) <= GATHERED_ROWS
 
     def _matmul(self, x: Tensor, a: Tensor) -> Tensor:
-        """x [B, ..., I] with row i meeting a[ids[i]] [R, I]."""
-        a = _cast(a, x)
-        if min(a.shape[1:]) > GATHERED_ROWS:
-            return self._by_segments(x, a)
-        rows = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)  # [B, T, I]
-        y = torch.bmm(rows, a[self.ids].mT)
+        """x [B, ..., I], each of its blocks meeting its own a[k] [R, I]."""
+        a, blocks = _cast(a, x), self._blocks(x)
+        y = torch.bmm(blocks, self._picked(a).mT) if self._copied(a) else self._by_segments(blocks, a)
         return y.view(*x.shape[:-1], a.shape[1])
 
-    def _by_segments(self, x: Tensor, a: Tensor) -> Tensor:
+    def _by_segments(self, blocks: Tensor, a: Tensor) -> Tensor:
+        assert self.ids is not None, "blocks that are in order need no sorting"
         order = self.ids.argsort(stable=True)
         sizes = torch.bincount(self.ids, minlength=a.shape[0]).tolist()
-        parts = [F.linear(part, a[k]) for k, part in enumerate(x[order].split(sizes)) if len(part)]
+        parts = [F.linear(part, a[k]) for k, part in enumerate(blocks[order].split(sizes)) if len(part)]
         return torch.cat(parts)[order.argsort()]
+
+
+def reading(gather: Gather, x: Tensor) -> Op:
+    """The verbs for a body: those that wait where gradients are wanted and nothing else computes the map."""
+    waits = gather.frozen is gather.inner and fuses(gather.inner) and not _autocast(x)
+    return TrainGather(gather) if waits else gather
+
+
+class Projected(Deferred):
+    """a x, not computed yet."""
+
+    def __init__(self, op: Gather, x: Tensor, a: Tensor):
+        self.op, self.x, self.a = op, x, a
+
+    def _compute(self) -> Tensor:
+        return self.op.project(self.x, self.a)
+
+
+class Mapped(Deferred):
+    """The frozen map of x, not computed yet."""
+
+    def __init__(self, op: Gather, x: Tensor):
+        self.op, self.x = op, x
+
+    def _compute(self) -> Tensor:
+        return self.op(self.x)
+
+
+class TrainGather(OpView):
+    """The verbs of `Gather` while gradients are wanted: a low-rank update and its map are one step of autograd."""
+
+    inner: Gather
+
+    def __call__(self, x: Any) -> Any:
+        return Mapped(self.inner, value(x))
+
+    def project(self, x: Any, a: Tensor) -> Any:
+        return Projected(self.inner, value(x), a)
+
+    def expand(self, h: Any, b: Tensor, onto: Any = None) -> Any:
+        waits = isinstance(h, Projected) and isinstance(onto, Mapped) and h._known is onto._known is None
+        if waits and h.x is onto.x and self.inner._copied(h.a) and self.inner._copied(b):
+            a, b = self.inner._picked(_cast(h.a, h.x)), self.inner._picked(_cast(b, h.x))
+            return _BlockMap.apply(self.inner.inner, h.x, a, b)
+        return self.inner.expand(value(h), b, value(onto))
+
+    def scale(self, y: Any, g: Tensor) -> Any:
+        return self.inner.scale(value(y), g)
+
+    def shift(self, y: Any, b: Tensor) -> Any:
+        return self.inner.shift(value(y), b)
+
+    def rotate(self, x: Any, q: Tensor) -> Any:
+        return self.inner.rotate(value(x), q)
+
+    def permute(self, x: Any, order: Tensor) -> Any:
+        return self.inner.permute(value(x), order)
+
+    def kron(self, x: Any, a: Tensor, b: Tensor) -> Any:
+        return self.inner.kron(value(x), a, b)
+
+    def drop(self, x: Any, p: float) -> Any:
+        return self.inner.drop(value(x), p)
+
+
+class _BlockMap(torch.autograd.Function):
+    """W x + bias + b a x, with an a [N, R, I] and a b [N, O, R] for every block of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, op: DataOp, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = op(x)
+        h = a @ x.reshape(len(a), -1, x.shape[-1]).mT  # [N, R, rows and tokens of a block]
+        y.view(len(a), -1, y.shape[-1]).baddbmm_(h.mT, b.mT)
+        ctx.op = op
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, b, h if ctx.needs_input_grad[3] else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, h = ctx.saved_tensors
+        blocks, dx, da = dy.reshape(len(a), -1, dy.shape[-1]), None, None
+        db = None if h is None else (h @ blocks).mT
+        dh = b.mT @ blocks.mT  # [N, R, ...]
+        if x is not None:
+            da = dh @ x.reshape(len(a), -1, x.shape[-1])
+        if ctx.needs_input_grad[1]:
+            dx = dy.reshape(-1, dy.shape[-1]) @ ctx.op.weight().to(dy.dtype)
+            dx.view(len(a), -1, dx.shape[-1]).baddbmm_(dh.mT, a)
+            dx = dx.view(*dy.shape[:-1], -1)
+        return None, dx, da, db

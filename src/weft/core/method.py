@@ -50,6 +50,8 @@ class Method:
     kinds: the kinds of site it can adapt.
     bias_outside: True when `op(x)` must not contain the bias; it is then added after `forward` (DoRA).
     default_targets: what is adapted when the caller does not say.
+    pairs: names (A, B) of the factors of a low-rank update B A that may train, for optimisers that know such pairs.
+    copies: names of tensors that start as the very values that they take the place of.
     """
 
     name: ClassVar[str]
@@ -57,6 +59,8 @@ class Method:
     kinds: ClassVar[frozenset[str]] = LINEAR
     bias_outside: ClassVar[bool] = False
     default_targets: ClassVar[str] = "all-linear"
+    pairs: ClassVar[tuple[tuple[str, str], ...]] = ()
+    copies: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -92,6 +96,10 @@ class Method:
     def forward(self, c: Tensors, x: Any, op: Op) -> Any:
         """The adapted map, in verbs."""
         raise NotImplementedError
+
+    def stacks(self) -> int:
+        """How many low-rank updates stand one after another in its `pairs`, along their rank (mixtures)."""
+        return 1
 
     def spec(self) -> dict[str, Any]:
         """Name and hyper-parameters, as they are written to disk."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.core.rotations import join_blocks
 from weft.core.site import Site
 
 
@@ -56,6 +57,18 @@ class Op(ABC):
     def rotate(self, x: Any, q: Tensor) -> Any:
         """blockdiag(q) x: one small matrix per block of channels, q [N, block out, block in], square or not."""
 
+    def with_delta(self, x: Any, delta: Tensor) -> Any:
+        """(W + delta) x + bias, delta [O, I, *kernel]: for updates that have no cheaper form than a dense matrix."""
+        return self(x) + self.project(x, delta)
+
+    def kron(self, x: Any, a: Tensor, b: Tensor) -> Any:
+        """(a (x) b) x, the Kronecker product of a [O / P, I / Q] and b [P, Q]: it is never built."""
+        (rows, columns), height = a.shape, b.shape[0]
+        sizes = (columns, height), (height, rows)
+        across, back = (torch.arange(m * n, device=a.device).view(m, n).mT.flatten() for m, n in sizes)
+        h = self.permute(self.rotate(x, b.expand(columns, -1, -1)), across)  # blocks of x, then entries across blocks
+        return self.permute(self.rotate(h, a.expand(height, -1, -1)), back)
+
     def prepend(self, y: Any, *rows: Tensor) -> Any:
         """y with virtual rows [N, C] before what it reads: tokens of an input, keys and values of an attention."""
         raise TypeError(f"{self.site.address} is of kind {self.site.kind}: no virtual tokens can come before its input")
@@ -97,6 +110,9 @@ class Source(Protocol):
     def training(self) -> bool:
         """Whether the module is in training mode."""
 
+    def linear(self) -> bool:
+        """Whether `call` is exactly x W^T + bias with W and bias frozen: then its gradient is dy W."""
+
     def held_in(self) -> Mapping[str, Tensor | None]:
         """The module's own parameters by name: coefficients that were made from them notice a change."""
 
@@ -134,6 +150,7 @@ class DataOp(Op):
         return y + self._on_channels(_cast(b, y))
 
     def rotate(self, x: Tensor, q: Tensor) -> Tensor:
+        q = merge_blocks(q)
         n, _, block = q.shape
         x = x.movedim(self.channel, -1)
         # blocks lead so that the product is one batched matmul: [N, ..., block] @ [N, block, block]
@@ -144,11 +161,25 @@ class DataOp(Op):
     def permute(self, x: Tensor, order: Tensor) -> Tensor:
         return x.index_select(x.ndim + self.channel, order)
 
+    def kron(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if self.channel != -1:
+            return super().kron(x, a, b)
+        return (_cast(a, x) @ F.linear(x.unflatten(-1, (a.shape[1], -1)), _cast(b, x))).flatten(-2)
+
     def drop(self, x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p, training=True) if p and self.source.training() else x
 
     def _on_channels(self, v: Tensor) -> Tensor:
         return v if self.channel == -1 else v.reshape(*v.shape, *[1] * (-1 - self.channel))
+
+
+def merge_blocks(q: Tensor) -> Tensor:
+    """The same block-diagonal matrix in blocks of about 32 rows: many tiny matmuls cost more than their zeros save."""
+    n, rows, columns = q.shape
+    together = next((k for k in range(min(n, 32 // max(rows, columns)), 1, -1) if n % k == 0), 1)
+    if together == 1:
+        return q
+    return join_blocks(q, together)
 
 
 class ConvSource(Source, Protocol):
@@ -190,6 +221,10 @@ class LookupOp(DataOp):
     def rotate(self, x: Tensor, q: Tensor) -> Tensor:
         self._refuse(x, "rotated")
         return super().rotate(x, q)
+
+    def kron(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        self._refuse(x, "multiplied")
+        return super().kron(x, a, b)
 
     def permute(self, x: Tensor, order: Tensor) -> Tensor:
         self._refuse(x, "permuted")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["butterfly_order", "cayley", "cayley_series", "skew"]
+__all__ = ["butterfly_order", "cayley", "cayley_series", "join_blocks", "skew"]
 
 
 def skew(v: Tensor, block: int) -> Tensor:
@@ -32,6 +32,12 @@ def cayley_series(q: Tensor, terms: int) -> Tensor:
         power = power @ q
         result = result + (power if n == terms - 1 else 2 * power)
     return result
+
+
+def join_blocks(q: Tensor, together: int) -> Tensor:
+    """The block-diagonal matrix of q [N, rows, columns] in blocks of k of them: [N / k, k rows, k columns]."""
+    blocks = torch.diag_embed(q.unflatten(0, (-1, together)).permute(0, 2, 3, 1), dim1=1, dim2=3)
+    return blocks.flatten(3).flatten(1, 2)
 
 
 def butterfly_order(size: int, block: int, level: int, device: torch.device) -> Tensor:

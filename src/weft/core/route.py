@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.core.adapter import Adapted, Adapter, Once, plain_parameters, run
+from weft.core.adapter import Adapted, Adapter, plain_parameters, run
 from weft.core.affine import WeightOp
-from weft.core.gather import Gather
+from weft.core.fused import value
+from weft.core.gather import Gather, reading
+from weft.core.method import Method
 from weft.core.op import DataOp, Op
+from weft.core.pile import Pile, likeness
+from weft.core.view import Once, OpView
 
 Adapters = Mapping[str, Adapter]
 
@@ -142,56 +148,179 @@ def merged(route: Route, op: WeightOp, adapters: Adapters) -> Any:
 def _apply_rows(rows: Rows, x: Tensor, op: Op, adapters: Adapters, expand: int) -> Tensor:
     if not isinstance(op, DataOp):
         raise TypeError("a route with one adapter per row applies to data only")
-    ids = rows.for_leading(x.shape[0], exact=x.ndim != 2, expand=expand)
-    pieces, order = [], []
-    for group, where, local in _partition(rows, ids, adapters, x.device):
-        part = x if len(where) == len(ids) else x.index_select(0, where)
-        pieces.append(_run_group(rows, group, part, op, local, adapters))
-        order.append(where)
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.cat(pieces).index_select(0, torch.cat(order).argsort())
+    plan = _partition(rows, x, op, adapters, expand)
+    if len(plan.groups) == 1:
+        return _run_group(rows, plan.groups[0], x, op, op, adapters)
+    inputs = plan.cut(x)
+    direct = [n for n, g in enumerate(plan.groups) if g.direct]
+    whole = x if plan.sizes is not None and len(direct) == len(inputs) else None
+    common = Common(op, {n: inputs[n] for n in direct}, whole) if len(direct) > 1 else None
+    pieces = []
+    for n, (group, part) in enumerate(zip(plan.groups, inputs, strict=True)):
+        frozen = Portion(op, part, n, common) if common is not None and group.direct else op
+        pieces.append(_run_group(rows, group, part, op, frozen, adapters))
+    return plan.join(pieces)
 
 
-def _partition(rows: Rows, ids: tuple[int, ...], adapters: Adapters, device: torch.device) -> list[Any]:
-    """(routes, their rows, which route each of these rows uses) for every group that one call can serve."""
-    key = ("partition", id(adapters), ids, device)
+@dataclass(eq=False)
+class _Group:
+    """Rows that one call can serve. routes: the distinct ones, by number; ids: for each block of rows, which of them.
+
+    direct: whether its body reads the frozen map of its input as it is, so that it can share one call of the map.
+    """
+
+    routes: list[int]
+    where: Tensor
+    ids: Tensor | None
+    num_blocks: int
+    direct: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Partition:
+    """The groups of a batch. sizes: their rows, where these stand in the batch one group after another; back: the place
+    of every row of the batch among the rows of all groups, where they do not."""
+
+    groups: list[_Group]
+    sizes: list[int] | None
+    back: Tensor | None
+
+    def cut(self, x: Tensor) -> Sequence[Tensor]:
+        """The rows of every group."""
+        if self.sizes is not None:
+            return x.split(self.sizes)  # one concatenation in the backward
+        return [x.index_select(0, g.where) for g in self.groups]
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The inverse of `cut`."""
+        y = torch.cat([*pieces])
+        return y if self.back is None else y.index_select(0, self.back)
+
+
+def _partition(rows: Rows, x: Tensor, op: DataOp, adapters: Adapters, expand: int) -> _Partition:
+    """How a batch is served: made once for every size of batch and set of adapters."""
+    key = ("partition", id(adapters), x.shape[0], x.ndim != 2, expand, x.device)
     if key not in rows._cache:
-        found = []
-        for group in _groups(rows, adapters):
-            where = [n for n, i in enumerate(ids) if i in group]
-            local = torch.tensor([group.index(ids[n]) for n in where], device=device)
-            found.append((group, torch.tensor(where, device=device), local))
-        rows._cache[key] = found
+        ids = rows.for_leading(x.shape[0], exact=x.ndim != 2, expand=expand)
+        groups, order = [], []
+        for routes in _groups(rows, adapters):
+            where = [n for n, i in enumerate(ids) if i in routes]
+            order += where
+            direct = _is_direct(rows.routes[routes[0]], x[:1], op, adapters)
+            groups.append(_group(routes, where, [routes.index(ids[n]) for n in where], x.device, direct))
+        in_order = order == [*range(len(ids))]
+        back = None if in_order else torch.tensor(order, device=x.device).argsort()
+        rows._cache[key] = _Partition(groups, [len(g.where) for g in groups] if in_order else None, back)
     return rows._cache[key]
 
 
+def _group(routes: list[int], where: list[int], local: list[int], device: torch.device, direct: bool) -> _Group:
+    """Rows of one adapter that stand together make blocks, as large as all such runs allow."""
+    size = math.gcd(*(len([*run]) for _, run in groupby(local)))
+    blocks = local[::size]
+    ids = None if blocks == [*range(len(routes))] else torch.tensor(blocks, device=device)
+    return _Group(routes, torch.tensor(where, device=device), ids, len(blocks), direct)
+
+
+_direct: dict[tuple[Method, str], bool] = {}
+
+
+@torch.no_grad()
+def _is_direct(route: Route, x: Tensor, op: DataOp, adapters: Adapters) -> bool:
+    """Whether a route reads the frozen map of its input as it is: looked at once for every method and kind of site."""
+    if isinstance(route, Stack):
+        return all(_is_direct(r, x, op, adapters) for r in route.routes)
+    if not isinstance(route, str) or route not in adapters:
+        return True
+    adapter = adapters[route]
+    key = (adapter.method, adapter.site.kind)
+    if key not in _direct:
+        if torch.compiler.is_compiling():  # a look would become part of the graph
+            return False
+        spy = Portion(op, x)
+        run(adapter.method, adapter.coefficients(op), x, spy)
+        _direct[key] = spy.asked
+    return _direct[key]
+
+
 def _groups(rows: Rows, adapters: Adapters) -> list[list[int]]:
-    """Routes that one stacked call can serve: the same method with tensors of the same shapes, or no adapter here."""
+    """Routes that one stacked call can serve: alike adapters, or no adapter here."""
     groups: dict[Any, list[int]] = {}
     for i, route in enumerate(rows.routes):
         key: Any = i
         if not names(route) & adapters.keys():
             key = None
         elif isinstance(route, str):
-            adapter = adapters[route]
-            key = (adapter.method, tuple((k, t.shape, t.dtype) for k, t in adapter.tensors().items()))
+            key = likeness(adapters[route])
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
-def _run_group(rows: Rows, group: list[int], x: Tensor, op: DataOp, ids: Tensor, adapters: Adapters) -> Tensor:
-    routes = [rows.routes[i] for i in group]
+class Common:
+    """The frozen map of several parts of a batch, computed in one call when the first of them is asked for.
+
+    whole: the parts one after another, where that exists already.
+    """
+
+    def __init__(self, op: DataOp, parts: Mapping[int, Tensor], whole: Tensor | None):
+        self.op, self.parts, self.whole = op, parts, whole
+        self.found: dict[int, Tensor] = {}
+
+    def of(self, number: int) -> Tensor:
+        """The map of one of the parts."""
+        if not self.found:
+            y = self.op(torch.cat([*self.parts.values()]) if self.whole is None else self.whole)
+            pieces = y.split([p.shape[0] for p in self.parts.values()])
+            self.found.update(zip(self.parts, pieces, strict=True))
+        return self.found[number]
+
+
+class Portion(OpView):
+    """A map on a part of a batch, which takes its share of what is computed for several parts at once.
+
+    asked: whether the map of the part as it is was wanted; a body that changes its input first wants another.
+    """
+
+    def __init__(self, inner: DataOp, part: Tensor, number: int = 0, common: Common | None = None):
+        super().__init__(inner)
+        self.part, self.number, self.common, self.asked = part, number, common, False
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        if self.common is not None:
+            y: Tensor = self.inner.drop(x, p)
+            return y
+        return x.clone()  # only looked at: nothing random is drawn
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x is self.part:
+            self.asked = True
+            if self.common is not None:
+                return self.common.of(self.number)
+        y: Tensor = self.inner(x)
+        return y
+
+
+def _run_group(rows: Rows, group: _Group, x: Tensor, op: DataOp, frozen: Op, adapters: Adapters) -> Tensor:
+    """One group's rows through its adapters. frozen: what computes the map itself."""
+    routes = [rows.routes[i] for i in group.routes]
     if not names(routes[0]) & adapters.keys():
-        return op(x)
-    if len(group) == 1:
-        return apply(routes[0], x, op, adapters)
-    members = [adapters[r] for r in routes]
-    return run(members[0].method, _stacked(rows, members, op), x, Gather(op, ids))
+        return frozen(x)
+    if len(routes) > 1:
+        members = [adapters[r] for r in routes]
+        gather = Gather(op, group.ids, group.num_blocks, frozen)
+        y: Tensor = value(run(members[0].method, _stacked(rows, members, op), x, reading(gather, x)))
+        return y
+    if isinstance(routes[0], str):
+        adapter = adapters[routes[0]]
+        return run(adapter.method, adapter.coefficients(op, keep=True), x, frozen)
+    return apply(routes[0], x, frozen, adapters)
 
 
 def _stacked(rows: Rows, members: list[Adapter], op: DataOp) -> Mapping[str, Tensor]:
     """The coefficients of several adapters, stacked [K, ...]; kept between calls while no gradient is wanted."""
+    pile: Pile | None = members[0].__dict__.get("pile")
+    if pile is not None and torch.is_grad_enabled():
+        return pile.coefficients(members, op)
     made_of = [t for a in members for t in a.tensors().values()] + [t for _, _, t in plain_parameters(op)]
     # tensors of torch's inference mode count no versions
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(t.is_inference() for t in made_of):

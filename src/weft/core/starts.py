@@ -12,6 +12,15 @@ from torch import Tensor
 from weft.core.affine import StartOp
 from weft.core.site import Site
 
+NEEDS: dict[str, frozenset[str]] = {
+    "corda-instruction": frozenset({"covariance"}),
+    "corda-knowledge": frozenset({"covariance"}),
+    "loftq": frozenset({"original"}),
+    "lq-lora": frozenset({"original"}),
+    "lq-lora-fisher": frozenset({"original", "fisher"}),
+    "apiq": frozenset({"original", "solution"}),
+}
+"""What a start asks its op for beside the weight; "original": it makes up for what quantising the base loses."""
 SUBTRACTED = frozenset({"pissa", "olora", "corda-instruction", "corda-knowledge"})
 """Starts whose product B A is not zero: a method subtracts a frozen copy of it, so that the base stays as it is."""
 DAMPING = 0.01
@@ -26,6 +35,7 @@ class _Wanted:
     op: StartOp
     rank: int
     scale: float
+    rounds: int = 1
 
     @property
     def shape_a(self) -> tuple[int, ...]:
@@ -36,9 +46,9 @@ class _Wanted:
         return (self.site.out_features, self.rank // self.site.groups)
 
 
-def low_rank(start: str, site: Site, op: StartOp, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A [R, I / groups, *kernel] and B [O, R / groups] of an update scale * B A."""
-    a, b = _STARTS[start](_Wanted(site, op, rank, scale))
+def low_rank(start: str, site: Site, op: StartOp, *, rank: int, scale: float, rounds: int = 1) -> tuple[Tensor, Tensor]:
+    """A [R, I / groups, *kernel] and B [O, R / groups] of an update scale * B A. rounds: of starts that alternate."""
+    a, b = _STARTS[start](_Wanted(site, op, rank, scale, rounds))
     return a.contiguous(), b.contiguous()
 
 
@@ -52,10 +62,11 @@ def check_start(start: str, site: Site, *, rank: int) -> None:
         raise ValueError(f"start='orthogonal' needs an even rank, not {rank}")
     if start in SUBTRACTED and rank > (most := min(site.out_features, math.prod(site.shape[1:]))):
         raise ValueError(f"start={start!r}: rank={rank} is more than the {most} directions that the weight has")
-    if start.startswith("corda") and site.kind != "linear":
-        raise ValueError(
-            f"start={start!r} needs the covariance of a linear layer's input; this is a site of kind {site.kind}"
-        )
+    if start in NEEDS and site.kind != "linear":
+        what = "repairs a quantised linear layer" if "original" in NEEDS[start] else "needs a linear layer's covariance"
+        raise ValueError(f"start={start!r} {what}; this is a site of kind {site.kind}")
+    if start in NEEDS and rank > (most := min(site.shape)):
+        raise ValueError(f"start={start!r}: rank={rank} is more than the {most} directions that the weight has")
 
 
 def _kaiming(w: _Wanted) -> tuple[Tensor, Tensor]:
@@ -103,6 +114,63 @@ def _corda(w: _Wanted, chosen: slice) -> tuple[Tensor, Tensor]:
     return _from_svd(w, u, s, torch.linalg.solve(c, v.mT).mT, chosen)
 
 
+def _loftq(w: _Wanted) -> tuple[Tensor, Tensor]:
+    """Q = quantise(W - s B A) and s B A = SVD_R(W - Q) in turn (Li et al. 2023, arXiv 2310.08659). The first round
+    leaves the base as it was quantised; every other writes its codes anew."""
+    weight, q = w.op.original(), w.op.weight()
+    a, b = _principal(w, weight - q)
+    for _ in range(w.rounds - 1):
+        q = w.op.requantise(weight - w.scale * (b @ a))
+        a, b = _principal(w, weight - q)
+    return (a, b) if b.is_meta or b.any() else _kaiming(w)  # a layer that was left as it is has nothing to repair
+
+
+def _lq_lora(w: _Wanted) -> tuple[Tensor, Tensor]:
+    return _lq(w, torch.ones((), device=w.site.device))
+
+
+def _lq_lora_fisher(w: _Wanted) -> tuple[Tensor, Tensor]:
+    return _lq(w, w.op.fisher())
+
+
+def _lq(w: _Wanted, fisher: Tensor) -> tuple[Tensor, Tensor]:
+    """L = SVD_R(W - Q) and Q = quantise(W - L) in turn while sqrt(F) * (W - Q - L) shrinks, the best of all kept
+    (Guo et al. 2023, arXiv 2311.12023); with F the SVD is of D_row (W - Q) D_col, D the roots of F's means."""
+    weight = w.op.original()
+    if w.op.write is None and weight.device.type != "meta":  # left as it is: nothing to repair
+        return _kaiming(w)
+    rows = columns = torch.ones((), device=weight.device)
+    if fisher.ndim:
+        floor = 1e-6 * fisher.mean().clamp(min=1e-30)  # a row that no gradient reached has no weight to divide by
+        rows = (fisher.mean(1, keepdim=True) + floor).sqrt()  # [O, 1]
+        columns = (fisher.mean(0, keepdim=True) + floor).sqrt()  # [1, I]
+    best, least, q = None, math.inf, torch.zeros_like(weight)
+    for _ in range(w.rounds):
+        a, b = _principal(w, rows * (weight - q) * columns)
+        a, b = a / columns, b / rows
+        q = w.op.requantise(weight - w.scale * (b @ a))
+        error = math.inf if q.is_meta else (fisher.sqrt() * (weight - q - w.scale * (b @ a))).norm().item()
+        if best is not None and error > least:
+            break
+        best, least = (a, b), error
+    assert best is not None, "there is at least one round"
+    w.op.requantise(weight - w.scale * (best[1] @ best[0]))
+    return best
+
+
+def _apiq(w: _Wanted) -> tuple[Tensor, Tensor]:
+    """What calibration found for this site (`weft.tune.repair.apiq`), at the same scale."""
+    a, b = w.op.solution(w.shape_a, w.shape_b)
+    return a, b / w.scale
+
+
+def _principal(w: _Wanted, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The R largest singular directions of a residual, as A and B."""
+    u, s, v = torch.linalg.svd(residual.float(), full_matrices=False)
+    a, b = _from_svd(w, u, s, v, slice(w.rank))
+    return a.to(w.site.dtype), b.to(w.site.dtype)
+
+
 def _from_svd(w: _Wanted, u: Tensor, s: Tensor, v: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
     root = (s[chosen] / w.scale).sqrt()
     return (root[:, None] * v[chosen]).reshape(w.shape_a), u[:, chosen] * root
@@ -116,4 +184,8 @@ _STARTS: dict[str, Callable[[_Wanted], tuple[Tensor, Tensor]]] = {
     "olora": _olora,
     "corda-instruction": _corda_instruction,
     "corda-knowledge": _corda_knowledge,
+    "loftq": _loftq,
+    "lq-lora": _lq_lora,
+    "lq-lora-fisher": _lq_lora_fisher,
+    "apiq": _apiq,
 }

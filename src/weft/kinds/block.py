@@ -75,6 +75,9 @@ class _Frame:
     def training(self) -> bool:
         return self.seat.module.training
 
+    def linear(self) -> bool:
+        return False
+
     def held_in(self) -> Mapping[str, Tensor | None]:
         return self.seat.held_in()
 

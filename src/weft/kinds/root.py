@@ -75,9 +75,10 @@ def run(model: Any, *args: Any, **kwargs: Any) -> Any:
 def own_forward(model: Any) -> Callable[..., Any]:
     """The forward that the model had before it was adapted, with what was wrapped around it on the instance."""
     if "inner_mixin" in model.__dict__:  # the model is itself a site
-        return model.__dict__["inner_mixin"].forward.__get__(model)
+        return partial(model.__dict__["inner_mixin"].forward, model)
     inner: Callable[..., Any] | None = model.__dict__.get("inner_forward")
-    return inner if inner is not None else model.base_class.forward.__get__(model)
+    # no bound method: after a graph break dynamo (torch 2.13) looks that up by name and finds `forward` above
+    return inner if inner is not None else partial(model.base_class.forward, model)
 
 
 def through(entry: InputSeat, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

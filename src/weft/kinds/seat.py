@@ -100,6 +100,10 @@ class Seat(ABC):
     def training(self) -> bool:
         return self.module.training
 
+    def linear(self) -> bool:
+        """Whether the module is a frozen x W^T + bias and nothing else."""
+        return False
+
     def held_in(self) -> Mapping[str, Tensor | None]:
         return self.module._parameters
 

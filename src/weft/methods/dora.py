@@ -19,6 +19,7 @@ class DoRA(Method):
 
     name = "dora"
     paper = "2402.09353"
+    pairs = (("A", "B"),)
     bias_outside = True
     rank: int = option(8, help="inner size of the update", minimum=1)
     alpha: float = option(16.0, help="scale numerator", above=0)
@@ -43,7 +44,7 @@ class DoRA(Method):
         w, a_rows, b_rows = (  # [G, O / G, I], [G, R / G, I], [G, O / G, R / G]
             v.detach().flatten(1).unflatten(0, (groups, -1)) for v in (op.weight(), t["A"], b)
         )
-        length = torch.linalg.vector_norm(w, dim=-1, dtype=b.dtype)
+        length = torch.linalg.vector_norm(w, dim=-1, dtype=torch.promote_types(w.dtype, b.dtype))
         cross = (w @ a_rows.mT.to(w.dtype)).to(b.dtype)  # W A^T
         square = length**2 + ((2 * cross + b_rows @ (a_rows @ a_rows.mT)) * b_rows).sum(-1)
         # rounding may take the square of a row of zeros just below zero

@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from weft.core import Frozen, Method, option
 
 
 @dataclass(frozen=True)
 class ETHER(Method):
-    """y = W H(u) H(u0) x + b, H(u) = I - 2 u u^T.
+    """y = W H(u) H(u0) x + b, H(u) = I - 2 u u^T in blocks, |u| = 1; u0 is the start of u, and undoes it at first.
 
-    ETHER+ (`plus`): y = G(p, q) W G(u, v) x + b, G(u, v) = I - u u^T + v v^T.
-
-    Vectors have length 1 in every block. A reflection is never the identity: the frozen start u0 undoes the first one,
-    so that training starts at the base. G starts as the identity, with u = v.
-
+    ETHER+ (`plus`): y = G(p, q) W G(u, v) x + b, G(u, v) = I - u u^T + v v^T, where v starts as u and q as p.
     Bini et al. 2024, arXiv 2405.20271.
     """
 
@@ -27,9 +25,7 @@ class ETHER(Method):
     def check(self, site):
         sizes = [site.in_features, site.out_features] if self.plus else [site.in_features]
         if any(size % self.num_blocks for size in sizes):
-            raise ValueError(
-                f"num_blocks={self.num_blocks} does not divide its {' and '.join(map(str, sizes))} channels"
-            )
+            raise ValueError(f"num_blocks={self.num_blocks} does not divide its channels: {sizes}")
 
     def init(self, site, op):
         u = site.normal(self.num_blocks, site.in_features // self.num_blocks, salt="u")
@@ -39,12 +35,24 @@ class ETHER(Method):
         return {"u": u, "v": u.clone(), "p": p, "q": p.clone()}
 
     def coefficients(self, t, op):
-        return {k: (v / v.norm(dim=-1, keepdim=True)).unsqueeze(1) for k, v in t.items()}  # [N, 1, block]
+        unit = {k: v / v.norm(dim=-1, keepdim=True) for k, v in t.items()}  # [N, block]
+        if op.site.kind == "conv":  # a reflection of channels under a kernel is no pointwise update
+            return {k: v.unsqueeze(1) for k, v in unit.items()}
+        # W plus an update of rank 2 N (4 N) is the same map, without copies of x
+        w, rows = op.weight().to(t["u"].dtype), {k: torch.block_diag(*v.unsqueeze(1)) for k, v in unit.items()}
+        u, v = rows["u"], rows["v" if self.plus else "u0"]  # [N, I]
+        a, wu, wv = torch.cat([u, v]), w @ u.mT, w @ v.mT
+        if not self.plus:  # H(u) H(u0) = I - 2 u u^T - 2 u0 u0^T + 4 u (u^T u0) u0^T
+            return {"A": a, "B": torch.cat([-2 * wu, 4 * wu @ (u @ v.mT) - 2 * wv], 1)}
+        b, pq = torch.cat([-wu, wv], 1), torch.cat([rows["p"], rows["q"]])  # pq [2 N, O] reads W G(u, v)
+        return {"A": torch.cat([a, pq @ w + pq @ b @ a]), "B": torch.cat([b, -rows["p"].mT, rows["q"].mT], 1)}
 
     def forward(self, c, x, op):
         def along(y, u):  # u u^T y, block by block
             return op.rotate(op.rotate(y, u), u.mT)
 
+        if "A" in c:
+            return op.expand(op.project(x, c["A"]), c["B"], onto=op(x))
         if not self.plus:
             x = x - 2 * along(x, c["u0"])
             return op(x - 2 * along(x, c["u"]))

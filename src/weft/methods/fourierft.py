@@ -52,4 +52,4 @@ class FourierFT(Method):
         return {"delta": delta.view(op.site.shape).to(t["spectrum"].dtype)}
 
     def forward(self, c, x, op):
-        return op(x) + op.project(x, c["delta"])
+        return op.with_delta(x, c["delta"])

@@ -10,6 +10,7 @@ class Full(Method):
     """y = V x + v, with V and v starting as the frozen weight and bias."""
 
     name = "full"
+    copies = ("weight", "bias")
     kinds = LINEAR | {"norm"}
     bias_outside = True
 

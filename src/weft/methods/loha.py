@@ -53,5 +53,5 @@ class LoHa(Method):
 
     def forward(self, c, x, op):
         if "delta" in c:
-            return op(x) + op.project(x, c["delta"])
+            return op.with_delta(x, c["delta"])
         return op.expand(op.project(x, c["A"]), c["B"], onto=op(x))

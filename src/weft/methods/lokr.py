@@ -39,17 +39,14 @@ class LoKr(Method):
         w2 = t["w2"] if "w2" in t else None if "t2" in t else t["w2_a"] @ t["w2_b"]
         if w2 is None:
             w2 = torch.einsum("ij...,ip,jr->pr...", t["t2"], t["w2_a"], t["w2_b"])  # [b, d, *kernel]
-        if op.site.kind != "linear":  # a linear site never builds the product: it multiplies c blocks by w2, b by w1
+        if op.site.kind != "linear":
             return {"delta": torch.kron(w1, w2.flatten(1)).view(op.site.shape)}
-        (a, c), (b, _) = w1.shape, w2.shape
-        turned = [torch.arange(m * n, device=w1.device).view(m, n).mT.flatten() for m, n in ((c, b), (b, a))]
-        return {"w2": w2.expand(c, -1, -1), "w1": w1.expand(b, -1, -1), "to_b": turned[0], "to_a": turned[1]}
+        return {"w1": w1, "w2": w2}
 
     def forward(self, c, x, op):
         if "delta" in c:
-            return op(x) + op.project(x, c["delta"])
-        h = op.permute(op.rotate(x, c["w2"]), c["to_b"])  # [..., c d] -> [..., c b] -> [..., b c]
-        return op(x) + op.permute(op.rotate(h, c["w1"]), c["to_a"])  # [..., b c] -> [..., b a] -> [..., a b]
+            return op.with_delta(x, c["delta"])
+        return op(x) + op.kron(x, c["w1"], c["w2"])
 
     def _split(self, size):
         """Two factors of `size`: the wanted one first, else the most equal ones with the smaller first."""

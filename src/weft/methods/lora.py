@@ -6,27 +6,29 @@ from typing import Literal
 import torch
 
 from weft.core import Frozen, Method, option
-from weft.core.starts import SUBTRACTED, check_start, low_rank
+from weft.core.starts import NEEDS, SUBTRACTED, check_start, low_rank
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
     """y = W x + s (B A - B0 A0) drop(x),  s = alpha / R (alpha / sqrt(R) when rank-stabilised).
 
-    A0 and B0 are frozen copies of A and B for starts with B A != 0 (PiSSA, OLoRA, CorDA), and absent for the others.
-
+    A0 and B0 are frozen copies of A and B for PiSSA, OLoRA and CorDA, whose B A is not zero; others have none.
     Hu et al. 2021, arXiv 2106.09685; rank stabilisation: Kalajdzievski 2023, arXiv 2312.03732.
     """
 
     name = "lora"
     paper = "2106.09685"
+    pairs = (("A", "B"),)
     rank: int = option(8, help="inner size of the update", minimum=1)
     alpha: float = option(16.0, help="scale numerator", above=0)
     rank_stabilised: bool = option(False, help="scale by alpha / sqrt(rank) instead of alpha / rank")
     dropout: float = option(0.0, help="dropout on the update's input", minimum=0, maximum=1)
-    start: Literal["kaiming", "normal", "orthogonal", "pissa", "olora", "corda-instruction", "corda-knowledge"] = (
-        option("kaiming", help="how A and B start; the ones named corda need calibration data")
-    )
+    start: Literal[
+        "kaiming", "normal", "orthogonal", "pissa", "olora", "corda-instruction", "corda-knowledge",
+        "loftq", "lq-lora", "lq-lora-fisher", "apiq",
+    ] = option("kaiming", help="how A and B start; the last four repair a quantised base")  # fmt: skip
+    start_rounds: int = option(1, help="most rounds of loftq and lq-lora", minimum=1)
     freeze_a: bool = option(False, help="train B only")
 
     @property
@@ -38,22 +40,21 @@ class LoRA(Method):
         check_start(self.start, site, rank=self.rank)
         if self.freeze_a and self.start == "kaiming" and site.kind == "embedding":
             raise ValueError(
-                "A starts at zero at an embedding, so freeze_a would leave nothing to learn; use start='normal'"
+                "an embedding's A starts at zero: freeze_a would leave nothing to learn; use start='normal'"
             )
 
     def needs(self):
-        return frozenset({"covariance"}) if self.start.startswith("corda") else frozenset()
+        return NEEDS.get(self.start, frozenset())
 
     def init(self, site, op):
-        a, b = low_rank(self.start, site, op, rank=self.rank, scale=self.scale)
+        a, b = low_rank(self.start, site, op, rank=self.rank, scale=self.scale, rounds=self.start_rounds)
         t = {"A": Frozen(a) if self.freeze_a else a, "B": b}
         return t if self.start not in SUBTRACTED else {**t, "A0": Frozen(a.clone()), "B0": Frozen(b.clone())}
 
     def coefficients(self, t, op):
         if "A0" not in t:
             return {"A": t["A"], "B": self.scale * t["B"]}
-        # one update of twice the rank: every reading stays as cheap as two small matmuls
-        return {"A": torch.cat([t["A"], t["A0"]]), "B": self.scale * torch.cat([t["B"], -t["B0"]], 1)}
+        return {"A": torch.cat([t["A"], t["A0"]]), "B": self.scale * torch.cat([t["B"], -t["B0"]], 1)}  # twice the rank
 
     def forward(self, c, x, op):
         return op.expand(op.project(op.drop(x, self.dropout), c["A"]), c["B"], onto=op(x))

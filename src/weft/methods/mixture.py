@@ -17,6 +17,7 @@ class Mixture(Method):
 
     name = "mixture"
     paper = "2404.15159"
+    pairs = (("A", "B"),)
     kinds = frozenset({"linear"})
     num_experts: int = option(4, help="number of low-rank updates (E)", minimum=1)
     rank: int = option(4, help="inner size of each update", minimum=1)
@@ -27,6 +28,9 @@ class Mixture(Method):
     def check(self, site):
         if self.top_k is not None and self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
+
+    def stacks(self):
+        return self.num_experts
 
     def init(self, site, op):
         size = self.num_experts * self.rank

@@ -46,10 +46,10 @@ class RoAd(Method):
         channels = torch.arange(op.site.out_features, device=theta.device).view(-1, 2, half)
         return {
             "along": (a1 * t1.cos()).flatten(),
-            "across": torch.stack([-across[:, 0], across[:, 1]], 1).flatten(),
+            "across": torch.stack([across[:, 1], -across[:, 0]], 1).flatten(),
             "partner": channels.flip(1).flatten(),
         }
 
     def forward(self, c, x, op):
         z = op(x)
-        return op.scale(z, c["along"]) + op.scale(op.permute(z, c["partner"]), c["across"])
+        return op.scale(z, c["along"]) + op.permute(op.scale(z, c["across"]), c["partner"])

@@ -46,7 +46,7 @@ class SHiRA(Method):
         return {"S": flat.view(op.site.shape)}  # [O, I, *kernel]
 
     def forward(self, c, x, op):
-        return op(x) + op.project(x, c["S"])
+        return op.with_delta(x, c["S"])
 
     def _score(self, site, op):
         """What ranks the entries, [O, I * kernel]."""

@@ -43,17 +43,12 @@ class SVFT(Method):
         return {"M": site.zeros(count)} | {k: Frozen(tensor) for k, tensor in frozen.items()}
 
     def coefficients(self, t, op):
-        if self.pattern == "plain" and op.site.groups == 1:
-            return t
+        if self.pattern == "plain":
+            return {"delta": ((t["U"] * t["M"]) @ t["V"].flatten(1)).view(op.site.shape)}
         size = len(t["V"])
         m = t["M"].new_zeros(size * size).scatter(0, t["places"].long(), t["M"]).view(size, size)
-        if op.site.groups > 1:  # every group reads all of V: no grouped `expand` can
-            return {"delta": (t["U"] @ m @ t["V"].flatten(1)).view(op.site.shape)}
-        return {"V": t["V"], "U": t["U"], "M": m}
+        return {"delta": (t["U"] @ m @ t["V"].flatten(1)).view(op.site.shape)}
 
     def forward(self, c, x, op):
-        if "delta" in c:
-            return op(x) + op.project(x, c["delta"])
-        h = op.project(x, c["V"])
-        h = op.scale(h, c["M"]) if self.pattern == "plain" else op.expand(h, c["M"])
-        return op.expand(h, c["U"], onto=op(x))
+        # three maps of W's size on every token would cost more than one new weight
+        return op.with_delta(x, c["delta"])

@@ -39,7 +39,7 @@ class TensorTrain(Method):
 
     def forward(self, c, x, op):
         if "delta" in c:
-            return op(x) + op.project(x, c["delta"])
+            return op.with_delta(x, c["delta"])
         return op.expand(op.project(x, c["A"]), c["B"], onto=op(x))
 
 

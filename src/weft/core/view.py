@@ -1,0 +1,72 @@
+"""Ops that are another op but for one thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from weft.core.op import Op
+
+
+class OpView(Op):
+    """An op that is another one but for what a subclass changes."""
+
+    def __init__(self, inner: Op):
+        self.inner, self.site = inner, inner.site
+
+    def __call__(self, x: Any) -> Any:
+        return self.inner(x)
+
+    def weight(self) -> Tensor:
+        return self.inner.weight()
+
+    def bias(self) -> Tensor | None:
+        return self.inner.bias()
+
+    def project(self, x: Any, a: Tensor) -> Any:
+        return self.inner.project(x, a)
+
+    def expand(self, h: Any, b: Tensor, onto: Any = None) -> Any:
+        return self.inner.expand(h, b, onto)
+
+    def scale(self, y: Any, g: Tensor) -> Any:
+        return self.inner.scale(y, g)
+
+    def shift(self, y: Any, b: Tensor) -> Any:
+        return self.inner.shift(y, b)
+
+    def rotate(self, x: Any, q: Tensor) -> Any:
+        return self.inner.rotate(x, q)
+
+    def permute(self, x: Any, order: Tensor) -> Any:
+        return self.inner.permute(x, order)
+
+    def drop(self, x: Any, p: float) -> Any:
+        return self.inner.drop(x, p)
+
+    def prepend(self, y: Any, *rows: Tensor) -> Any:
+        return self.inner.prepend(y, *rows)
+
+    def attend(self, y: Any, hidden: Tensor, gate: Tensor) -> Any:
+        return self.inner.attend(y, hidden, gate)
+
+
+class Unbiased(OpView):
+    """The map without its bias, for methods that must not touch it."""
+
+    def __call__(self, x: Any) -> Any:
+        b = self.inner.bias()
+        return self.inner(x) if b is None else self.inner.shift(self.inner(x), -b)
+
+    def bias(self) -> Tensor | None:
+        return None
+
+
+class Once(OpView):
+    """The map, computed once for one input however many adapters read it."""
+
+    def __call__(self, x: Any) -> Any:
+        if getattr(self, "_x", None) is not x:
+            self._x, self._y = x, self.inner(x)
+        return self._y
