@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from weft.core.method import Frozen, Method
 from weft.errors import AdapterError, WeftError
 from weft.fresh import Record
+from weft.kinds.quantised import codes_of
 from weft.registry import method_from_spec
-from weft.targets import walk
+from weft.targets import Plan, walk
 
 __all__ = [
     "CONFIG", "INFO", "TENSORS", "AdapterFileError", "Stored", "describe", "fingerprint", "from_native", "matched",
-    "native_tensors", "read_info", "read_tensors", "write_folder",
+    "native_tensors", "read_info", "read_tensors", "remember_fingerprint", "write_folder",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -104,9 +105,14 @@ def describe(model: nn.Module, record: Record, layout: str, provenance: Mapping[
         "tied": plan.tied,
         "sites": sites,
         "parameters": plan.num_parameters,
-        "base": fingerprint(model),
+        "base": {**fingerprint(model), "tied": bool(provenance.get("repaired")) or is_repair(plan)},
         "provenance": dict(provenance),
     }
+
+
+def is_repair(plan: Plan) -> bool:
+    """Whether an adapter makes up for what quantising its base lost: it then is right on these very codes alone."""
+    return any("original" in s.method.needs() for s in plan.sites)
 
 
 def native_tensors(record: Record) -> dict[str, Tensor]:
@@ -153,19 +159,23 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """What identifies a base: its class, configuration, and a digest of samples of its weights.
 
     Values are rounded to bfloat16 first, so that the dtype a base is loaded in does not matter. `unquantised` covers
-    norms and embeddings only, which stay as they are when linear layers are quantised.
+    norms and embeddings only, which stay as they are when linear layers are quantised; `codes` the packed weights
+    only, and is None where there are none.
     """
     merged = model.__dict__["weave"].merged if "weave" in model.__dict__ else None
     if merged is not None:
         raise AdapterError(f"{merged!r} is merged into the weights; unmerge, so that the base is known")
-    own = [p for _, m in walk(model) for p in m._parameters.values() if p is not None]
-    stamp = [(id(p), 0 if p.is_inference() else p._version) for p in own]
+    stamp = _stamp(model)
     kept = model.__dict__.get("fingerprint")
     if kept is not None and kept[0] == stamp:
         return kept[1]
-    every, plain = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    whole = True
+    every, plain, packed = (hashlib.blake2b(digest_size=16) for _ in range(3))
+    whole, quantised = True, False
     for path, module in walk(model):
+        codes = codes_of(module)
+        if codes is not None:
+            quantised = True
+            packed.update(path.encode() + codes.flatten()[:: max(1, codes.numel() // 64)].cpu().numpy().tobytes())
         for name, p in module._parameters.items():
             if p is None:
                 continue
@@ -184,10 +194,23 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "config": _config_digest(config),
         "weights": every.hexdigest() if whole else None,
         "unquantised": plain.hexdigest(),
+        "codes": packed.hexdigest() if quantised else None,
     }
     if "weave" in model.__dict__:
         model.__dict__["fingerprint"] = stamp, found
     return found
+
+
+def remember_fingerprint(model: nn.Module, known: dict[str, Any]) -> None:
+    """Say what an adapted model's base is, where its weights were only moved (spread over processes)."""
+    model.__dict__["fingerprint"] = _stamp(model), known
+
+
+def _stamp(model: nn.Module) -> list[tuple[int, int, int]]:
+    """What changes when a weight of the base is replaced or written to."""
+    own = [p for _, m in walk(model) for p in m._parameters.values() if p is not None]
+    # a 4-bit layer that is written anew gets another state object, and its parameter counts no new version
+    return [(id(p), 0 if p.is_inference() else p._version, id(getattr(p, "quant_state", None))) for p in own]
 
 
 def _config_digest(config: Any) -> str | None:

@@ -13,7 +13,9 @@ from weft.errors import WeftError, missing_extra, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BUNDLED", "BaseError", "find_base", "load_base"]
+    from weft.quantise import SchemeName
+
+__all__ = ["BUNDLED", "BaseError", "find_base", "load_base", "stored_scheme"]
 
 BUNDLED = ("pico", "minilm")
 """Bases that come with the package: `minilm` needs the extra of that name."""
@@ -51,7 +53,9 @@ def load_base(
     name: str,
     *,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    quantize: Literal["nf4", "int8", "torchao-int8"] | None = None,
+    quantize: SchemeName | None = None,
+    group_size: int | None = None,
+    bits: float | None = None,
     revision: str | None = None,
     num_labels: int | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -59,12 +63,16 @@ def load_base(
 
     name: "pico" (bundled), "minilm" (with the extra of that name), a folder, or a hub id.
     dtype: of the weights; "auto" keeps the stored one on a GPU and is float32 on a CPU, where low precision is slow.
-    quantize: quantise the linear layers after loading ("nf4", "int8", "torchao-int8").
+    quantize: quantise the linear layers after loading ("nf4", "packed-int4", ...); see `weft.quantise.quantise_model`,
+        also for group_size and bits. A base that is stored quantised (bitsandbytes, torchao, GPTQ, AWQ, HQQ) is loaded
+        as it is.
     num_labels: put a classification head on the base (see `weft.classifier`); it is then a `PooledClassifier`.
-    Raises BaseError when it cannot be found, is stored as a pickle, or has no tokenizer.
+    Raises BaseError when it cannot be found, is stored as a pickle, has no tokenizer, or is to be quantised twice.
     """
     import torch
     import transformers
+
+    from weft.quantise.checkpoint import reading
 
     if dtype not in DTYPES:
         raise BaseError(f"dtype={dtype!r}: {nearest(dtype, DTYPES)}")
@@ -76,10 +84,19 @@ def load_base(
     options = {"local_files_only": local, "revision": revision or "main"}
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
+        stored_as = stored_scheme(config)
+        if quantize is not None and stored_as is not None:
+            raise BaseError(
+                f"the base {name!r} is stored quantised ({stored_as}) already: leave quantize={quantize!r} out, or "
+                "name a base in full precision"
+            )
         cls = _model_class(config)
-        model = cls.from_pretrained(place, dtype=kind, use_safetensors=True, **options)
+        with reading(config):
+            model = cls.from_pretrained(place, config=config, dtype=kind, use_safetensors=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except BaseError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, json.JSONDecodeError) as error:
         raise BaseError(f"the base {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
     model.config._name_or_path = name  # what adapters remember: a name that works on another machine
     for module in model.modules():
@@ -89,12 +106,31 @@ def load_base(
     if quantize is not None:
         from weft.quantise import quantise_model
 
-        quantise_model(model, quantize)
+        quantise_model(model, quantize, group_size=group_size, bits=bits)
+        _let_go(model)
     if num_labels is not None:
         from weft.classifier import make_classifier
 
         return make_classifier(model, num_labels), tokenizer
     return model, tokenizer
+
+
+def _let_go(model: Any) -> None:
+    """Copy what stayed as it was: a view of the mapped file would keep all its pages, the old weights, in memory."""
+    from weft.core.plain import is_plain
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if is_plain(tensor.data) and tensor.is_floating_point() and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def stored_scheme(config: Any) -> str | None:
+    """How a checkpoint is stored quantised ("gptq", "awq", "hqq", "bitsandbytes", ...), or None."""
+    said = getattr(config, "quantization_config", None)
+    if said is None:
+        return None
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return str(getattr(method, "value", method) or "bitsandbytes")
 
 
 def _model_class(config: Any) -> Any:

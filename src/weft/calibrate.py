@@ -14,14 +14,18 @@ from weft.targets import Plan, PlannedSite, walk
 
 __all__ = ["collect"]
 
+_COLLECTED = frozenset({"covariance", "gradient", "fisher"})
+"""What data can tell; the rest of what starts need comes from whoever quantised the base."""
+
 
 def collect(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None) -> dict[str, dict[str, Tensor]]:
-    """The statistics that a plan's methods need, by address: input covariances [I, I] and weight gradients [O, I].
+    """The statistics that a plan's methods need, by address: input covariances [I, I], weight gradients [O, I], and the
+    mean of their squares over rows of data ("fisher").
 
     calibration: batches, mappings or tuples of the model's arguments; a gradient needs the model's result to have a
     `loss`, or to be one. Raises ValueError when statistics are needed and there is no data.
     """
-    needed = frozenset().union(*(s.method.needs() for s in plan.sites))
+    needed = frozenset().union(*(s.method.needs() for s in plan.sites)) & _COLLECTED
     if not needed:
         return {}
     batches = list(calibration or ())
@@ -35,7 +39,9 @@ def collect(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None) -> 
         if "covariance" in needed:
             _covariances(model, plan, modules, batches, found)
         if "gradient" in needed:
-            _gradients(model, plan, modules, batches, found)
+            _gradients("gradient", model, plan, modules, batches, found)
+        if "fisher" in needed:
+            _gradients("fisher", model, plan, modules, [row for batch in batches for row in _rows(batch)], found)
     return found
 
 
@@ -88,13 +94,14 @@ def _covariances(
 
 
 def _gradients(
+    what: str,
     model: nn.Module,
     plan: Plan,
     modules: Mapping[str, nn.Module],
     batches: list[Any],
     found: dict[str, dict[str, Tensor]],
 ) -> None:
-    sites = [s for s in plan.sites if "gradient" in s.method.needs()]
+    sites = [s for s in plan.sites if what in s.method.needs()]
     seats = [s.offer.seat(modules[s.path], s.site, Weave(), s.offer.param) for s in sites]
     weights = [seat.stored() for seat in seats]
     for planned, w in zip(sites, weights, strict=True):
@@ -116,10 +123,23 @@ def _gradients(
                 )
             for planned, seat, g in zip(sites, seats, torch.autograd.grad(loss, weights), strict=True):
                 seen = found[planned.site.address]
-                seen["gradient"] = seen.get("gradient", 0) + seat.oriented(g.detach()) / len(batches)
+                g = seat.oriented(g.detach())
+                seen[what] = seen.get(what, 0) + (g.square() if what == "fisher" else g) / len(batches)
     finally:
         for w, flag in zip(weights, flags, strict=True):
             w.requires_grad_(flag)
+
+
+def _rows(batch: Any) -> Iterator[Any]:
+    """One batch as batches of one row."""
+    if isinstance(batch, Mapping):
+        for i in range(len(next(iter(batch.values())))):
+            yield {name: value[i : i + 1] for name, value in batch.items()}
+    elif isinstance(batch, tuple | list):
+        for i in range(len(batch[0])):
+            yield tuple(value[i : i + 1] for value in batch)
+    else:
+        yield from batch.split(1)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -15,6 +15,9 @@ from weft.data.rows import Example
 from weft.errors import DataError
 from weft.parity import Parity, parity
 from weft.reopen import Reopened, reopen
+
+if TYPE_CHECKING:
+    from weft.quantise import SchemeName
 
 __all__ = ["check_adapter", "held_out", "inputs_of"]
 
@@ -31,7 +34,7 @@ def check_adapter(
     tolerance: float | None = None,
     rows: int = 8,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
-    quantize: Literal["nf4", "int8", "torchao-int8"] | None = None,
+    quantize: SchemeName | None = None,
     any_base: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Parity:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["AdapterError", "DataError", "MissingExtra", "RecipeError", "WeftError", "missing_extra", "nearest"]
+__all__ = [
+    "AdapterError", "DataError", "MissingExtra", "QuantiseError", "RecipeError", "WeftError", "missing_extra",
+    "nearest",
+]  # fmt: skip
 
 
 class WeftError(Exception):
@@ -22,6 +25,10 @@ class RecipeError(WeftError, ValueError):
 
 class DataError(WeftError, ValueError):
     """Data that cannot be found, has no known format, or has too many bad rows."""
+
+
+class QuantiseError(WeftError, ValueError):
+    """A quantisation that does not exist, lacks an option, or cannot be had for this model."""
 
 
 class MissingExtra(WeftError, ImportError):

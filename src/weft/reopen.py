@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from weft.quantise import SchemeName
+
 __all__ = ["Reopened", "adapter_folder", "base_of", "names_of", "reopen"]
 
 _CONFIG = "adapter_config.json"
@@ -44,6 +46,7 @@ class _Origin:
     base: str | None
     num_labels: int | None
     recipe: Mapping[str, Any] | None
+    tied: bool = False
 
     @property
     def task(self) -> str:
@@ -55,14 +58,15 @@ def reopen(
     *,
     base: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None,
-    quantize: Literal["nf4", "int8", "torchao-int8"] | None = None,
+    quantize: SchemeName | None = None,
     any_base: bool = False,
 ) -> Reopened:
     """Load a base and put adapters on it; a single one is in use, several wait for `weft.use`.
 
     adapters: folders of adapters, or of runs of `weft tune`; none gives the base alone.
     base: a name as `weft.load_base` takes it; by default the one that the first adapter names.
-    dtype: of the base's weights; by default as in the adapter's own run. quantize: hold the base compressed.
+    dtype: of the base's weights; by default as in the adapter's own run. quantize: hold the base compressed; by default
+        it is not, but for an adapter that makes up for what quantising lost, whose base is quantised as in its run.
     any_base: accept adapters that were made on other weights.
     Raises AdapterFileError for a folder that is no adapter or does not say its base, and for another base.
     """
@@ -74,7 +78,9 @@ def reopen(
         raise AdapterFileError(f"{asked}: name the base with base (--base)")
     recipe = origins[0].recipe if origins else None
     kind: Any = dtype or (recipe or {}).get("base", {}).get("dtype") or "auto"
-    model, tokenizer = load_base(chosen, dtype=kind, quantize=quantize, revision=_revision(recipe, base))
+    model, tokenizer = load_base(
+        chosen, dtype=kind, revision=_revision(recipe, base), **_quantised(origins, chosen, quantize, recipe)
+    )
     whole = _with_head(model, origins)
     names = _names([origin.name for origin in origins])
     for origin, name in zip(origins, names, strict=True):
@@ -117,7 +123,11 @@ def _origin(folder: Path) -> _Origin:
     if recipe is not None and recipe.get("task") == "classification":
         labels = int(info["sites"]["head"]["shape"][0])
     base = info["base"].get("name") or (recipe or {}).get("base", {}).get("model")
-    return _Origin(folder, info.get("name") or folder.name, base, labels, recipe)
+    tied = bool(info["base"].get("tied"))
+    beside = folder.parent / "base"  # a run that was moved took its quantised base along
+    if tied and base is not None and Path(base).name == "base" and not Path(base).is_dir() and beside.is_dir():
+        base = str(beside)
+    return _Origin(folder, info.get("name") or folder.name, base, labels, recipe, tied)
 
 
 def _peft_base(folder: Path) -> str | None:
@@ -126,6 +136,19 @@ def _peft_base(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{folder / _CONFIG} is not readable: {error}") from error
     return found.get("base_model_name_or_path") or None
+
+
+def _quantised(
+    origins: Sequence[_Origin], base: str, quantize: SchemeName | None, recipe: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """How to quantise the base: as asked, or as a tied adapter's run did where the base is not stored so already."""
+    said = (recipe or {}).get("base", {})
+    tied = any(origin.tied for origin in origins) and base == said.get("model")
+    scheme = quantize or (said.get("quantize") if tied else None)
+    if scheme is None:
+        return {"quantize": None}
+    own = said if scheme == said.get("quantize") else {}
+    return {"quantize": scheme, "group_size": own.get("group_size"), "bits": own.get("bits")}
 
 
 def _revision(recipe: Mapping[str, Any] | None, base: str | None) -> str | None:

@@ -129,6 +129,12 @@ def _load(model: nn.Module, folder: Path, name: str | None, *, any_base: bool, d
 
 def _same_base(model: nn.Module, base: Mapping[str, Any], folder: Path) -> None:
     here = fingerprint(model)
+    if base.get("tied") and base.get("codes") != here["codes"]:
+        raise AdapterFileError(
+            f"{folder} makes up for what quantising its base lost, and this {here['name'] or here['class']} "
+            f"{'holds other codes' if here['codes'] else 'is not quantised'}: load the very base it was trained on "
+            f"({base.get('name') or 'see its recipe'}, quantised as in its recipe), or say any_base=True if you mean it"
+        )
     key = "weights" if base.get("weights") and here["weights"] else "unquantised"
     if base.get(key) != here[key]:
         same = "the same configuration but other weights" if base.get("config") == here["config"] else "another model"

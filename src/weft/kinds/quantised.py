@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import sys
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from weft.core.affine import Affine
+from weft.core.affine import Affine, StartOp
+from weft.core.site import Site
 from weft.kinds.linear import LinearSeat
-from weft.kinds.seat import Seat, base_class
+from weft.kinds.packed import GPTQLinear, PackedLinear, round_to_grid
+from weft.kinds.seat import Seat, Weave, base_class
 
 
 def quantised_seat(module: nn.Module) -> type[Seat] | None:
@@ -27,27 +33,91 @@ def quantised_seat(module: nn.Module) -> type[Seat] | None:
             return Packed4bitSeat if getattr(weight, "quant_state", None) is not None else None
         if issubclass(cls, bitsandbytes.nn.Linear8bitLt):
             return Int8Seat if weight is not None and weight.dtype == torch.int8 else None
-    if issubclass(cls, nn.Linear) and weight is not None and _is_quantised_tensor(weight):
-        return QuantisedTensorSeat
+    if issubclass(cls, nn.Linear) and weight is not None and hasattr(weight, "__tensor_flatten__"):
+        if type(weight.data).dequantize is not Tensor.dequantize:  # a quantised subclass brings its own
+            return QuantisedTensorSeat
+        return OpaqueTensorSeat if type(weight.data).__name__ in OPAQUE else None
+    if issubclass(cls, GPTQLinear):
+        return PackedSeat
     sized = hasattr(module, "in_features") and hasattr(module, "out_features")
-    return DequantiseSeat if sized and callable(getattr(module, "dequantize", None)) else None
+    known = any(callable(getattr(module, name, None)) for name in ("dequantize", "dequantize_weight"))
+    return DequantiseSeat if sized and known else None
 
 
-def _is_quantised_tensor(weight: Tensor) -> bool:
-    own = getattr(type(weight), "dequantize", None)  # every tensor has one; a quantised subclass brings its own
-    return own is not None and own is not Tensor.dequantize and hasattr(weight, "__tensor_flatten__")
+def codes_of(module: nn.Module) -> Tensor | None:
+    """What a quantised linear layer stores instead of its weight; None for any other module."""
+    cls = quantised_seat(module)
+    if cls is None or not issubclass(cls, QuantisedSeat):
+        return None
+    features = {"out_features": module.out_features, "in_features": module.in_features}
+    return cls(module, Site("", "linear", **features), Weave()).codes()  # type: ignore[arg-type]
 
 
-class Packed4bitSeat(LinearSeat):
-    """bitsandbytes Linear4bit: NF4 or FP4 codes in blocks, with (doubly quantised) scales in a state object."""
+class PackedCall(torch.autograd.Function):
+    """A frozen layer's own forward, and dx = W^T dy with W dequantised again: nothing is kept but the layer itself.
+
+    Yin et al. 2023 (ModuLoRA), arXiv 2309.16119.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seat: QuantisedSeat) -> Tensor:
+        ctx.seat, ctx.dtype = seat, x.dtype
+        return seat.own_forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return (dy @ ctx.seat.dense().to(dy.dtype)).to(ctx.dtype), None
+
+
+class QuantisedSeat(LinearSeat):
+    """What all quantised layers share: a backward that holds packed weights only, and starts that may rewrite them."""
+
+    def call(self, x: Tensor) -> Tensor:
+        plain = torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad)
+        bias = self.bias()
+        if plain or (bias is not None and bias.requires_grad):
+            return self.own_forward(x)
+        return PackedCall.apply(x, self)
+
+    def own_forward(self, x: Tensor) -> Tensor:
+        """The library's own forward."""
+        return super().call(x)
+
+    def linear(self) -> bool:
+        bias = self.bias()
+        return self.weight_only() and self.inner_forward is None and (bias is None or not bias.requires_grad)
+
+    def weight_only(self) -> bool:
+        """Whether the layer is known to multiply its input, as it came, by exactly `dense()`."""
+        return True
+
+    @abstractmethod
+    def codes(self) -> Tensor:
+        """What is stored instead of the weight, as integers: it tells one quantised base from another."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight that the codes stand for, [O, I], in the library's own dtype."""
 
     def weight(self) -> Tensor:
-        functional = sys.modules["bitsandbytes"].functional
-        packed: Any = self.stored()
-        data, state = packed.data, packed.quant_state
-        if getattr(state, "packing_format_for_cpu", False):  # re-ordered for AVX-512 by an earlier forward
-            data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
-        return functional.dequantize_4bit(data, state).to(self.site.dtype)
+        return self.dense().to(self.site.dtype)
+
+    def start(self, statistics: Mapping[str, Tensor] | None = None) -> StartOp:
+        op = super().start(statistics)
+        if statistics is not None and "original" in statistics:
+            op.write = self.write_weight
+        return op
+
+
+class Packed4bitSeat(QuantisedSeat):
+    """bitsandbytes Linear4bit: NF4 or FP4 codes in blocks, with (doubly quantised) scales in a state object."""
+
+    def codes(self) -> Tensor:
+        return self._unpacked()[0]
+
+    def dense(self) -> Tensor:
+        return sys.modules["bitsandbytes"].functional.dequantize_4bit(*self._unpacked())
 
     def write_weight(self, weight: Tensor) -> None:
         packed: Any = self.stored()
@@ -74,19 +144,34 @@ class Packed4bitSeat(LinearSeat):
         if bias is not None:
             self.bias().data.copy_(bias)  # type: ignore[union-attr]
 
+    def _unpacked(self) -> tuple[Tensor, Any]:
+        """Codes and their state in the library's own order."""
+        packed: Any = self.stored()
+        data, state = packed.data, packed.quant_state
+        if getattr(state, "packing_format_for_cpu", False):  # re-ordered for AVX-512 by an earlier forward
+            functional = sys.modules["bitsandbytes"].functional
+            return functional._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
+        return data, state
+
     def _put(self, data: Tensor, state: Any) -> None:
         packed: Any = self.stored()
         packed.data, packed.quant_state = data, state
         self.module.quant_state = state
 
 
-class Int8Seat(LinearSeat):
+class Int8Seat(QuantisedSeat):
     """bitsandbytes Linear8bitLt: int8 codes with one scale per output row.
 
     Its forward quantises the input as well, so it is close to, not equal to, a matmul with the weight.
     """
 
-    def weight(self) -> Tensor:
+    def weight_only(self) -> bool:
+        return False
+
+    def codes(self) -> Tensor:
+        return self._codes()[0]
+
+    def dense(self) -> Tensor:
         codes, scales = self._codes()
         return (codes.to(self.site.dtype) * (scales / 127).to(self.site.dtype)[:, None]).view(self.site.shape)
 
@@ -116,11 +201,20 @@ class Int8Seat(LinearSeat):
         self.stored().data.copy_(codes)  # the same memory, except where a move to another device has split it
 
 
-class QuantisedTensorSeat(LinearSeat):
+class QuantisedTensorSeat(QuantisedSeat):
     """A linear layer whose weight is a tensor subclass that quantises itself (torchao)."""
 
-    def weight(self) -> Tensor:
-        return self.stored().detach().dequantize().to(self.site.dtype)
+    def weight_only(self) -> bool:
+        return getattr(self.stored().data, "act_quant_kwargs", None) is None
+
+    def codes(self) -> Tensor:
+        stored: Any = self.stored().data
+        parts = (getattr(stored, name) for name in stored.__tensor_flatten__()[0])
+        integers = next((part for part in parts if not part.is_floating_point()), None)
+        return stored.dequantize() if integers is None else integers  # an opaque layout cannot be dequantised
+
+    def dense(self) -> Tensor:
+        return self.stored().detach().dequantize()
 
     def check_writable(self, value: Affine) -> None:
         super().check_writable(value)
@@ -135,15 +229,34 @@ class QuantisedTensorSeat(LinearSeat):
         self.stored().data.copy_(REQUANTISE[type(old).__name__](old, weight.to(old.dtype)))
 
 
-class DequantiseSeat(LinearSeat):
+class OpaqueTensorSeat(QuantisedTensorSeat):
+    """A weight whose layout only its own kernel knows (torchao's int4 on a CPU): W is read as W applied to I."""
+
+    def dense(self) -> Tensor:
+        stored = self.stored().detach()
+        eye = torch.eye(self.site.in_features, dtype=stored.dtype, device=stored.device)
+        return F.linear(eye, stored).mT
+
+
+class DequantiseSeat(QuantisedSeat):
     """Any linear-like module with a `dequantize()`: it can be adapted; writing its codes is its own affair."""
 
     def stored(self) -> Tensor:
         return next(t for t in (*self.module.parameters(recurse=False), *self.module.buffers(recurse=False)))
 
-    def weight(self) -> Tensor:
-        value: Tensor = self.module.dequantize()  # type: ignore[operator]
-        value = value.detach().to(self.site.dtype)
+    def weight_only(self) -> bool:
+        return issubclass(self.base, PackedLinear)
+
+    def codes(self) -> Tensor:
+        own = (*self.module.parameters(recurse=False), *self.module.buffers(recurse=False))
+        return next((t.detach() for t in own if not t.is_floating_point()), self.stored())
+
+    def dense(self) -> Tensor:
+        if not hasattr(self.module, "dequantize"):  # GPTQModel's layers: [I, O], whatever the shape says
+            value: Tensor = self.module.dequantize_weight().mT  # type: ignore[operator]
+        else:
+            value = self.module.dequantize()  # type: ignore[operator]
+        value = value.detach()
         if value.shape == self.site.shape:
             return value
         if value.mT.shape == self.site.shape:
@@ -155,6 +268,37 @@ class DequantiseSeat(LinearSeat):
             f"{type(self.module).__name__} can be dequantised and not quantised again; serve it unmerged, or load the "
             "base without quantisation to merge"
         )
+
+
+class PackedSeat(DequantiseSeat):
+    """A layer in GPTQ's layout, which can be written again: rounded to the nearest in the same groups."""
+
+    def check_writable(self, value: Affine) -> None:
+        LinearSeat.check_writable(self, value)
+        module: Any = self.module
+        if not torch.equal(
+            module.g_idx.cpu(), torch.arange(module.in_features, dtype=torch.int32) // module.group_size
+        ):
+            raise TypeError(
+                "its groups were chosen by activation order (desc_act), and rounding anew would keep no such order; "
+                "serve it unmerged, or load the base without quantisation to merge"
+            )
+
+    def write_weight(self, weight: Tensor) -> None:
+        module: Any = self.module
+        module.write(*round_to_grid(weight, module.bits, module.group_size))
+
+    def snapshot(self) -> Any:
+        bias = self.bias()
+        kept = {n: getattr(self.module, n).detach().clone() for n in ("qweight", "qzeros", "scales")}
+        return kept, None if bias is None else bias.detach().clone()
+
+    def restore(self, saved: Any) -> None:
+        kept, bias = saved
+        for name, value in kept.items():
+            getattr(self.module, name).data.copy_(value)
+        if bias is not None:
+            self.bias().data.copy_(bias)  # type: ignore[union-attr]
 
 
 def _int8_tensor(old: Any, weight: Tensor) -> Tensor:
@@ -180,5 +324,13 @@ def _int8_tensor(old: Any, weight: Tensor) -> Tensor:
     )
 
 
-REQUANTISE = {"Int8Tensor": _int8_tensor}
+def _int4_opaque(old: Any, weight: Tensor) -> Tensor:
+    """torchao's Int4OpaqueTensor of a new weight, with the groups of the old one."""
+    return type(old).from_hp(weight, old.block_size)
+
+
+OPAQUE = frozenset({"Int4OpaqueTensor"})
+"""Tensor classes that can multiply and not say what they hold."""
+
+REQUANTISE = {"Int8Tensor": _int8_tensor, "Int4OpaqueTensor": _int4_opaque}
 """Tensor classes that can be written again with their own settings."""
