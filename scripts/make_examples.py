@@ -2,9 +2,9 @@
 
     python scripts/make_examples.py --out examples/data
 
-Writes three folders of {train,validation,test}.jsonl (docstrings, packages, headers), `modules.json` (which source
-file went to which split) and a README.md. Splits follow `corpus.py`, so the base model has seen no validation or test
-module.
+Writes four folders of {train,validation,test}.jsonl (docstrings, preferences, packages, headers), `modules.json`
+(which source file went to which split) and a README.md. Splits follow `corpus.py`, so the base model has seen no
+validation or test module.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ TOKENIZER = Path(__file__).resolve().parent.parent / "src" / "weft" / "assets" /
 
 MAX_PAIR_TOKENS, MIN_SUMMARY, MAX_SUMMARY = 400, 15, 120
 MAX_PAIRS = {"train": 3000, "validation": 300, "test": 300}
+MAX_PREFERENCES = {"train": 600, "validation": 100, "test": 100}
 
 CLASSES = (
     "asyncio", "distutils", "encodings", "http", "idlelib", "importlib",
@@ -158,6 +159,20 @@ def docstring_rows() -> list[Row]:
     return sample(without_repeats(rows), MAX_PAIRS)
 
 
+def preference_rows(docstrings: list[Row]) -> list[Row]:
+    """A function with its own first line, and with that of another function of the same split."""
+    rows = []
+    for split in TASK_SPLITS:
+        mine = [row for row in docstrings if row.split == split][: MAX_PREFERENCES[split]]
+        others = random.Random(f"{SEED} {split}")
+        for row in mine:
+            own = row.values["completion"]
+            wrong = others.choice([other.values["completion"] for other in mine if other.values["completion"] != own])
+            values = {"prompt": row.values["prompt"], "chosen": own, "rejected": wrong}
+            rows.append(Row(values, row.source, split))
+    return rows
+
+
 def package_label(module: Module) -> str:
     """The package of a module; a test suite in the package `test` counts for the class that its file name names."""
     if module.package != "test":
@@ -270,7 +285,7 @@ def readme(out: Path, tasks: dict[str, list[Row]]) -> str:
     facts = corpus_facts()
     return f"""# Example data
 
-Three small tasks for trying an adapter without a download. All text is from CPython {platform.python_version()}: the
+Four small tasks for trying an adapter without a download. All text is from CPython {platform.python_version()}: the
 sources of its standard library and its C headers. `python scripts/make_examples.py --out examples/data` makes
 these files again from the same interpreter; the SHA-256 of the corpus is
 `{facts["corpus_sha256"]}`.
@@ -278,6 +293,7 @@ these files again from the same interpreter; the SHA-256 of the corpus is
 | task | row | what an adapter learns |
 | --- | --- | --- |
 | `docstrings` | `{{"prompt", "completion"}}` | a function without its docstring -> the docstring's first line |
+| `preferences` | `{{"prompt", "chosen", "rejected"}}` | to prefer a function's own first line to another's |
 | `packages` | `{{"text", "label"}}` | a docstring -> which of {len(CLASSES)} packages it is from |
 | `headers` | `{{"text"}}` | to write another style: C headers instead of Python |
 
@@ -297,6 +313,9 @@ these files again from the same interpreter; the SHA-256 of the corpus is
 - `docstrings`: functions whose docstring begins with a line of {MIN_SUMMARY} to {MAX_SUMMARY} characters that stands
   alone; prompt and completion together have at most {MAX_PAIR_TOKENS} pico tokens; at most {MAX_PAIRS["train"]} rows
   in train, {MAX_PAIRS["test"]} in the others.
+- `preferences`: the first {MAX_PREFERENCES["train"]} rows of `docstrings` in train, {MAX_PREFERENCES["test"]} in the
+  others. The chosen answer is the function's real first line. The rejected one is the real first line of another of
+  these functions, drawn at random: nobody judged the answers, so what is learnt is to fit the function at hand.
 - `packages`: docstrings of modules, classes and functions of {MIN_DOCSTRING} to {MAX_DOCSTRING} characters; at most
   {MAX_PER_CLASS["train"]} a class in train, {MAX_PER_CLASS["test"]} in the others. A suite of `Lib/test` counts for the
   class that its file name names (`test_asyncio/...` is asyncio), the rest of `Lib/test` is the class `test`.
@@ -318,7 +337,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, such as examples/data")
     arguments = parser.parse_args()
-    tasks = {"docstrings": docstring_rows(), "packages": package_rows(), "headers": header_rows()}
+    docstrings = docstring_rows()
+    tasks = {
+        "docstrings": docstrings,
+        "preferences": preference_rows(docstrings),
+        "packages": package_rows(),
+        "headers": header_rows(),
+    }
     for task, rows in tasks.items():
         check(task, rows)
     write(arguments.out, tasks)

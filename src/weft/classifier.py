@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from weft.segments import is_table, lengths_of
+
 __all__ = ["HEAD", "PooledClassifier", "make_classifier"]
 
 HEAD = "head"
@@ -32,10 +34,14 @@ class PooledClassifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What the head reads: one vector a row, [B, C]."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # [B, T, C]
-        hidden = hidden.to(self.head.weight.dtype)
+    def features(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """What the head reads: one vector a row, [B, C]; of packed rows, one a segment."""
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **places)
+        hidden = output.last_hidden_state.to(self.head.weight.dtype)  # [B, T, C]
+        if is_table(attention_mask):
+            rows = hidden[0].split(lengths_of(attention_mask))
+            return torch.stack([row[-1] if self.pooling == "last" else row.mean(dim=0) for row in rows])
         if self.pooling == "last":
             last = attention_mask.sum(dim=1) - 1  # [B]
             return hidden[torch.arange(len(hidden), device=hidden.device), last]
@@ -43,11 +49,15 @@ class PooledClassifier(nn.Module):
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """Logits [B, classes] and, with labels [B], their mean loss."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        logits = self.head(self.features(input_ids, mask))
+        logits = self.head(self.features(input_ids, mask, position_ids))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 

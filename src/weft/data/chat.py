@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Piece", "RowProblem", "chat_pieces", "chat_turns", "plain_pieces"]
+__all__ = ["ROLES", "Piece", "RowProblem", "chat_pieces", "chat_turns", "plain_pieces"]
 
 Message = dict[str, Any]
 
-_ROLES = {
+ROLES = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -67,11 +67,11 @@ def _turn(item: Any) -> Message:
         raise RowProblem("wrong type", f"a message is an object, this is a {type(item).__name__}")
     fields = {key: value for key, value in item.items() if value is not None}  # Arrow fills absent keys with None
     role, content = fields.pop("role", fields.pop("from", None)), fields.pop("content", fields.pop("value", ""))
-    if not isinstance(role, str) or role.lower() not in _ROLES:
-        raise RowProblem("wrong type", f"the role {role!r} is not one of {', '.join(_ROLES)}")
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise RowProblem("wrong type", f"the role {role!r} is not one of {', '.join(ROLES)}")
     if not isinstance(content, str | list):
         raise RowProblem("wrong type", f"the content of a message is text, this is a {type(content).__name__}")
-    return {**fields, "role": _ROLES[role.lower()], "content": content}
+    return {**fields, "role": ROLES[role.lower()], "content": content}
 
 
 def _is_blank(turn: Message) -> bool:

@@ -32,6 +32,7 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools")),
     "text": Format(("text",)),
     "text-label": Format(("text", "label"), task="classification"),
+    "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), task="preference"),
 }
 
 

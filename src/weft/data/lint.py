@@ -122,7 +122,7 @@ def lint(
         num_good=num_good,
         num_examples=len(examples),
         num_tokens=sum(len(example.input_ids) for example in examples),
-        num_trained_tokens=sum(example.num_trained for example in examples),
+        num_trained_tokens=sum(example.num_trained_tokens for example in examples),
         longest_tokens=max((len(example.input_ids) for example in examples), default=0),
         bad=bad.findings(),
         warnings=warnings.findings(),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weft.data.chat import Piece, RowProblem, chat_pieces, chat_turns, plain_pieces
+from weft.data.chat import ROLES, Piece, RowProblem, chat_pieces, chat_turns, plain_pieces
 from weft.data.detect import Layout
 from weft.data.rows import IGNORED, BadRow, Example, Row
 from weft.errors import DataError
@@ -59,6 +59,8 @@ def make_renderer(
         try:
             if layout.format == "text-label":
                 return (_classified(row, layout, tokenizer, options),)
+            if layout.format == "preference":
+                return (_pair(row, layout, tokenizer, options, begin=begin),)
             return _fit(row, *tokens(row), layout=layout, options=options)
         except RowProblem as problem:
             return BadRow(row.file, row.line, problem.reason, problem.detail)
@@ -95,6 +97,10 @@ def marked_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 def _check(tokenizer: PreTrainedTokenizerBase, layout: Layout, options: RenderOptions) -> None:
     if options.max_length < 2:
         raise DataError(f"data.max_length is {options.max_length}: an example needs 2 tokens, one to see, one to learn")
+    if layout.format == "preference" and options.train_on == "all":
+        raise DataError("data.train_on: all has no meaning for preference rows: only answers are compared")
+    if layout.format == "preference" and options.too_long == "truncate":
+        raise DataError("data.too_long: truncate would compare answers that were cut off; use drop or error")
     single = layout.format in ("text", "text-label")
     if single and options.template == "chat":
         raise DataError(
@@ -103,7 +109,7 @@ def _check(tokenizer: PreTrainedTokenizerBase, layout: Layout, options: RenderOp
     if options.template == "chat" and not tokenizer.chat_template:
         raise DataError("data.template is chat, but the tokenizer has no chat template; set data.template: plain")
     chat = (options.template or _default_template(tokenizer, layout)) == "chat"
-    if options.system and not chat and layout.format not in _CONVERSATIONS:
+    if options.system and not chat and layout.format not in (*_CONVERSATIONS, "preference"):
         raise DataError(
             f"data.system has no place in plain {layout.format} rows; set data.template: chat or leave it out"
         )
@@ -243,6 +249,84 @@ def _window(ids: array[int], labels: array[int], start: int, length: int) -> Tok
     part = labels[start : start + length]
     part[0] = IGNORED
     return ids[start : start + length], part
+
+
+def _pair(
+    row: Row, layout: Layout, tokenizer: PreTrainedTokenizerBase, options: RenderOptions, *, begin: Sequence[int]
+) -> Example:
+    """Two answers as one example, its shared part the tokens before the first that is trained or differs."""
+    pieces, chat = _pair_pieces(row, layout, tokenizer, options)
+    chosen, rejected = (_encode(tokenizer, each, begin=[] if chat else begin) for each in pieces)
+    longest = max(len(chosen[0]), len(rejected[0]))
+    if longest > options.max_length:
+        raise RowProblem(OVER_LONG, f"{longest} tokens, max_length is {options.max_length}")
+    if chosen == rejected:
+        raise RowProblem("no preference", "both answers are the same")
+    for _, labels in (chosen, rejected):
+        labels[:1] = array("i", [IGNORED])
+        if labels.count(IGNORED) == len(labels):
+            raise RowProblem("no trainable token", "nothing is left to learn")
+    shared = _num_shared(*chosen, *rejected)
+    if shared == 0:
+        raise RowProblem("empty", "nothing stands before the two answers")
+    ids, labels = (chosen[i] + rejected[i][shared:] for i in range(2))
+    return Example(ids, labels, row.file, row.line, shared=shared, rejected=len(chosen[0]))
+
+
+def _num_shared(ids: array[int], labels: array[int], other_ids: array[int], other_labels: array[int]) -> int:
+    """How many first tokens two texts have in common that neither trains."""
+    places = zip(ids, labels, other_ids, other_labels, strict=False)
+    stop = (i for i, (a, x, b, y) in enumerate(places) if a != b or x != IGNORED or y != IGNORED)
+    return next(stop, min(len(ids), len(other_ids)))
+
+
+def _pair_pieces(
+    row: Row, layout: Layout, tokenizer: PreTrainedTokenizerBase, options: RenderOptions
+) -> tuple[list[list[Piece]], bool]:
+    """The pieces of the chosen and of the rejected text, and whether they are from the chat template."""
+    prompt = row.values.get(layout.columns["prompt"]) if "prompt" in layout.columns else None
+    answers = [_part(row, layout, part) for part in ("chosen", "rejected")]
+    system = _text(row, layout, "system", optional=True) or options.system
+    texts = isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers)
+    if texts and options.template != "chat":
+        if system:
+            raise RowProblem("wrong type", "a system message has no place in plain text; set data.template: chat")
+        before = Piece(_text(row, layout, "prompt"), False)
+        return [[before, Piece(_text(row, layout, each), True, end=True)] for each in ("chosen", "rejected")], False
+    both = [chat_turns(_conversation(prompt, answer), system) for answer in answers]
+    for one, other in zip(*both, strict=False):
+        if one != other:
+            break
+        for turn in (one, other):
+            turn["weight"] = 0  # what both have is no answer
+    chat = options.template != "plain" and bool(tokenizer.chat_template)
+    tools = _tools(row, layout)
+    return [chat_pieces(turns, tokenizer, tools=tools) if chat else plain_pieces(turns) for turns in both], chat
+
+
+def _conversation(prompt: Any, answer: Any) -> list[Any]:
+    """A prompt and an answer, each a text or messages, as one list; an answer may be the whole conversation."""
+    if prompt is None and not isinstance(answer, list):
+        raise RowProblem("wrong type", "without a prompt, chosen and rejected are lists of messages")
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+    given = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    if not isinstance(asked, list) or not isinstance(given, list):
+        raise RowProblem("wrong type", "a prompt and an answer are each a text or a list of messages")
+    follows = not asked or not given or _role(given[0]) == "assistant"
+    if follows:
+        return [*asked, *given]
+    if [_said(turn) for turn in given[: len(asked)]] != [_said(turn) for turn in asked]:
+        raise RowProblem("wrong type", "a conversation that is an answer starts with its prompt or after it")
+    return given
+
+
+def _role(turn: Any) -> Any:
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return ROLES.get(role.lower()) if isinstance(role, str) else None
+
+
+def _said(turn: Any) -> tuple[Any, Any]:
+    return _role(turn), turn.get("content", turn.get("value")) if isinstance(turn, dict) else turn
 
 
 def _classified(row: Row, layout: Layout, tokenizer: PreTrainedTokenizerBase, options: RenderOptions) -> Example:

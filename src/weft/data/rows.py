@@ -36,6 +36,9 @@ class Example:
 
     `labels` is an array as long as `input_ids` (IGNORED where nothing is learnt, always so at position 0, which nothing
     predicts), or one class index.
+
+    A pair of answers is one example: the prompt (`shared` tokens), the chosen answer, and from `rejected` on the other
+    one, which stands there as if it followed the prompt. `rejected` is 0 for all else.
     """
 
     input_ids: array[int]
@@ -43,8 +46,24 @@ class Example:
     file: str
     line: int
     note: str = ""  # what was done to it, for the report: "truncated", "split" or nothing
+    shared: int = 0
+    rejected: int = 0
 
     @property
     def num_trained(self) -> int:
-        """Positions that carry loss; 1 for a class label."""
+        """What its loss is a sum over: positions that are learnt; 1 for a class label and for a pair."""
+        return 1 if self.rejected else self.num_trained_tokens
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Positions that are learnt; 1 for a class label."""
         return 1 if isinstance(self.labels, int) else len(self.labels) - self.labels.count(IGNORED)
+
+    def answers(self) -> tuple[Example, Example]:
+        """A pair as two rows: the prompt with the chosen answer, and with the rejected one."""
+        assert self.rejected, "only a pair has two answers"
+        assert not isinstance(self.labels, int), "answers are tokens"
+        prompt, rest = slice(self.shared), slice(self.rejected, None)
+        ids, labels = self.input_ids[prompt] + self.input_ids[rest], self.labels[prompt] + self.labels[rest]
+        chosen = Example(self.input_ids[: self.rejected], self.labels[: self.rejected], self.file, self.line, self.note)
+        return chosen, Example(ids, labels, self.file, self.line, self.note)

@@ -22,10 +22,10 @@ class Classification(Objective):
     @staticmethod
     def loss(model: Any, batch: Batch) -> LossSum:
         """Summed loss in float32, the number of rows, and how many are classified right."""
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits = model(**batch.inputs()).logits
         if logits.dim() == 3:  # [B, T, C]: a head without pooling answers at the last token of each row
-            last = batch.attention_mask.sum(dim=1) - 1  # [B]
-            logits = logits[range(len(last)), last]
+            rows, last = batch.ends()
+            logits = logits[rows, last]
         return classification_loss(logits, batch.labels)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from weft.data.rows import IGNORED
+from weft.errors import WeftError
 from weft.objectives.objective import LossSum, Objective
 
 if TYPE_CHECKING:
@@ -23,8 +25,32 @@ class NextToken(Objective):
     @staticmethod
     def loss(model: Any, batch: Batch) -> LossSum:
         """Summed loss in float32, the number of trained tokens, and how many of them are the most likely token."""
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits  # [B, T, V]
+        logits = model(**batch.inputs()).logits  # [B, T, V]
         return next_token_loss(logits, batch.labels)
+
+    @classmethod
+    def chunked(cls, model: Any, chunk: int | None) -> tuple[Callable[[Any, Batch], LossSum], str | None]:
+        """The same loss with the head on trained tokens only, the logits of `chunk` of them at a time."""
+        from weft.objectives.head import chunk_tokens, find_head, hidden_states, token_losses, trained_tokens
+
+        if chunk == 0:
+            return cls.loss, None
+        head = find_head(model)
+        if isinstance(head, str):
+            if chunk is not None:
+                raise WeftError(f"train.loss_chunk: {head}: set it to 0, which holds all logits at once")
+            return cls.loss, f"the loss holds all logits at once: {head}"
+        size = chunk or chunk_tokens(head)
+
+        def loss(call: Any, batch: Batch) -> LossSum:
+            if head.way == "whole":
+                return cls.loss(call, batch)
+            hidden = hidden_states(call, head, batch.inputs())  # [B, T, C]
+            places, tokens = trained_tokens(batch.labels, IGNORED, count=batch.num_trained)
+            losses, correct = token_losses(hidden, places, tokens, head=head, chunk=size, summed=True)
+            return losses.sum(), len(losses), {"correct": correct}
+
+        return loss, None
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> LossSum:

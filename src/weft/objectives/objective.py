@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from weft.errors import WeftError, nearest
@@ -38,6 +39,16 @@ class Objective(ABC):
     @abstractmethod
     def loss(model: Any, batch: Batch) -> LossSum:
         """The sum of the losses (with its graph), how many there are, and sums of metrics over the same count."""
+
+    @classmethod
+    def chunked(cls, model: Any, chunk: int | None) -> tuple[Callable[[Any, Batch], LossSum], str | None]:  # noqa: ARG003
+        """The loss with the logits of `chunk` positions held at once (0: of all; None: of a number that is chosen).
+
+        Also what is to be said where it was not asked for and cannot be had; asked for, that is a WeftError.
+        """
+        if chunk:
+            raise WeftError(f"train.loss_chunk: the loss of {cls.name} holds no logits per token that could be cut")
+        return cls.loss, None
 
 
 def get(name: str) -> type[Objective]:

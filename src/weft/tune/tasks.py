@@ -84,4 +84,32 @@ class Classification:
         return linear_probe(model, tokenizer, splits.train.examples, held_out) if held_out else {}  # type: ignore[arg-type]
 
 
-TASKS: dict[str, Task] = {"causal-lm": CausalLM(), "classification": Classification()}
+class Preference:
+    """Prefer one answer to another."""
+
+    save_modules: tuple[str, ...] = ()
+
+    def prepare(self, model: nn.Module, splits: Splits) -> nn.Module:  # noqa: ARG002
+        """A language model is ready as it is: without its adapter it is its own reference."""
+        return model
+
+    def show(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+        splits: Splits,  # noqa: ARG002
+    ) -> list[Shown]:
+        """Greedy answers; what is expected is the chosen one."""
+        return continuations(model, tokenizer, [example.answers()[0] for example in examples])
+
+    def rival(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, splits: Splits) -> dict[str, float]:  # noqa: ARG002
+        """The base is the reference, and is measured anyway."""
+        return {}
+
+
+TASKS: dict[str, Task] = {
+    "causal-lm": CausalLM(),
+    "classification": Classification(),
+    "preference": Preference(),
+}
