@@ -1,25 +1,48 @@
-"""Learning-rate schedules. A file in this folder is found by being here; its `factor` falls from 1 over the run."""
+"""Learning-rate schedules. A file in this folder is found by being here; its class says shares of the peak."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Mapping
+from functools import lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
 from weft.errors import WeftError, nearest
+from weft.optim.choice import with_options
+from weft.tune.schedules.schedule import Schedule
 
-__all__ = ["Factor", "learning_rate", "names", "num_warmup_steps"]
+if TYPE_CHECKING:
+    from weft.recipe import Train
 
-Factor = Callable[[float], float]
+__all__ = [
+    "Schedule", "learning_rate", "names", "num_warmup_steps", "resolve_schedule", "schedule_curve", "schedules",
+]  # fmt: skip
 
-_FACTORS: dict[str, Factor] = {
-    module.name: import_module(f"{__name__}.{module.name}").factor for module in iter_modules(__path__)
-}
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+_SCHEDULES: dict[str, type[Schedule]] = {cls.name: cls for cls in Schedule.__subclasses__()}
 
 
 def names() -> tuple[str, ...]:
     """Every schedule that there is."""
-    return tuple(sorted(_FACTORS))
+    return tuple(sorted(_SCHEDULES))
+
+
+def schedules() -> dict[str, type[Schedule]]:
+    """Every schedule by name."""
+    return dict(sorted(_SCHEDULES.items()))
+
+
+def resolve_schedule(spec: str | Mapping[str, Any]) -> Schedule:
+    """The schedule that a name, or a mapping of `name` and options, describes; WeftError says what is wrong."""
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("name", None)
+    if name not in _SCHEDULES:
+        raise WeftError(f"train.schedule: there is no schedule {name!r}; {nearest(str(name), _SCHEDULES)}")
+    found: Schedule = with_options(_SCHEDULES[name], options, where="train.schedule")
+    return found
 
 
 def num_warmup_steps(warmup: float, num_steps: int) -> int:
@@ -28,14 +51,29 @@ def num_warmup_steps(warmup: float, num_steps: int) -> int:
     return min(steps, max(num_steps - 1, 0))
 
 
-def learning_rate(schedule: str, step: int, *, num_steps: int, peak: float, warmup: float = 0.0) -> float:
+def learning_rate(
+    schedule: str | Mapping[str, Any], step: int, *, num_steps: int, peak: float, warmup: float = 0.0
+) -> float:
     """The rate of step 0, 1, ... num_steps - 1: a pure function, so a resumed run needs nothing but its step.
 
     It rises linearly and reaches `peak` at the first step after the warm-up; no step has a rate of zero.
     """
-    if schedule not in _FACTORS:
-        raise WeftError(f"there is no schedule '{schedule}'; {nearest(schedule, _FACTORS)}")
+    chosen = _resolved(json.dumps(schedule if isinstance(schedule, str) else dict(schedule), sort_keys=True))
     rising = num_warmup_steps(warmup, num_steps)
     if step < rising:
-        return peak * (step + 1) / (rising + 1)
-    return peak * _FACTORS[schedule]((step - rising) / max(num_steps - rising, 1))
+        low = chosen.begins()
+        return peak * (low + (1 - low) * (step + 1) / (rising + 1))
+    return peak * chosen.factor((step - rising) / max(num_steps - rising, 1))
+
+
+def schedule_curve(train: Train, num_steps: int) -> list[float]:
+    """The learning rate of every step of a run."""
+    peak, warmup = train.learning_rate, train.warmup
+    return [
+        learning_rate(train.schedule, step, num_steps=num_steps, peak=peak, warmup=warmup) for step in range(num_steps)
+    ]
+
+
+@lru_cache(64)
+def _resolved(spec: str) -> Schedule:
+    return resolve_schedule(json.loads(spec))

@@ -1,8 +1,18 @@
 """Constant: the peak throughout."""
 
-__all__ = ["factor"]
+from dataclasses import dataclass
+
+from weft.tune.schedules.schedule import Schedule
+
+__all__ = ["Constant"]
 
 
-def factor(progress: float) -> float:  # noqa: ARG001  the one schedule that does not look at it
+@dataclass(frozen=True)
+class Constant(Schedule):
     """1 at every point of the run."""
-    return 1.0
+
+    name = "constant"
+    what = "the peak throughout"
+
+    def factor(self, progress: float) -> float:  # noqa: ARG002  it does not look at it
+        return 1.0

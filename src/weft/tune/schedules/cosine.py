@@ -1,10 +1,21 @@
-"""Cosine: half a wave from the peak to zero (Loshchilov and Hutter 2016, arXiv 1608.03983, without restarts)."""
+"""Cosine: half a wave from the peak down (Loshchilov and Hutter 2016, without restarts)."""
 
-from math import cos, pi
+from dataclasses import dataclass
 
-__all__ = ["factor"]
+from weft.core import option
+from weft.tune.schedules.schedule import Schedule, half_wave
+
+__all__ = ["Cosine"]
 
 
-def factor(progress: float) -> float:
-    """(1 + cos(pi progress)) / 2."""
-    return 0.5 * (1.0 + cos(pi * progress))
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """floor + (1 - floor) (1 + cos(pi progress)) / 2. Loshchilov and Hutter 2016, arXiv 1608.03983."""
+
+    name = "cosine"
+    what = "half a wave down"
+    paper = "1608.03983"
+    floor: float = option(0.0, help="share of the peak at the end", minimum=0, maximum=1)
+
+    def factor(self, progress: float) -> float:
+        return half_wave(progress, 1.0, self.floor)
