@@ -1,0 +1,217 @@
+"""Claim: a forecast of peak memory is within 4 % (median) and of time within 10 %, on configurations it never saw.
+
+Each truth is measured in a process of its own, and nothing of the forecast was fitted to any of them. Run it alone on a
+quiet machine: `python -m benchmarks.forecast [--memory-only] [NUMBER...]`; it takes the time of 60 processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Claim
+
+DATA = Path(__file__).parent.parent / "examples" / "data" / "docstrings" / "train.jsonl"
+THREADS = 1
+STEPS = 3
+# The default allocator keeps 100 to 800 MB of what was given back, which no forecast can know.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "wide": {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 3, "num_attention_heads": 10},
+    "deep": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 10, "num_attention_heads": 4},
+    "grouped": {
+        "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    "words": {
+        "hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 5,
+        "vocab_size": 24000, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def configurations(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and recipe of each: methods, sizes, number formats, batches, levers."""
+    methods = (
+        "lora", "dora", "vera", "oft", "ia3", "loha", "lokr", "fourierft", "boft", "shira", "svft", "road", "full",
+        "bottleneck", "prompt", "prefix", "norm_tuning", "tensor_train", "ether", "mixture",
+    )  # fmt: skip
+    for i, method in enumerate(methods):
+        shape = ("deep", "grouped", "wide", "words")[i % 4]
+        yield f"{method} on {shape}", recipe(folder, shape, {"name": method}, batch_size=(2, 4, 6)[i % 3])
+    for shape in SHAPES:
+        for batch_size in (1, 3, 8):
+            yield f"lora, batch {batch_size} on {shape}", recipe(folder, shape, batch_size=batch_size)
+    for rank in (1, 32, 128):
+        yield f"lora rank {rank}", recipe(folder, "grouped", {"name": "lora", "rank": rank}, batch_size=4)
+    levers: dict[str, dict[str, Any]] = {
+        "padded": {"packing": False},
+        "padded, all logits": {"packing": False, "loss_chunk": 0},
+        "bucketed": {"bucket_by_length": True},
+        "accumulated": {"accumulate": 4, "batch_size": 2},
+        "attention again": {"activations": "attention"},
+        "layers again": {"activations": "recompute"},
+        "layers again, padded": {"activations": "recompute", "packing": False, "batch_size": 6},
+        "in backward": {"optimizer_in_backward": True, "clip_norm": None},
+        "sgd": {"optimizer": "sgd"},
+        "bf16 adapter": {"adapter_dtype": "bfloat16", "batch_size": 2},
+    }
+    for name, train in levers.items():
+        yield name, recipe(folder, "deep", **{"batch_size": 4, **train})
+    for name in ("in backward", "layers again", "sgd"):
+        yield f"full, {name}", recipe(folder, "wide", {"name": "full"}, **{"batch_size": 2, **levers[name]})
+    for scheme in ("nf4", "int8", "torchao-int8", "packed-int4"):
+        yield scheme, recipe(folder, "wide", base={"quantize": scheme}, batch_size=2)
+    yield "nf4, layers again", recipe(folder, "deep", base={"quantize": "nf4"}, batch_size=4, activations="recompute")
+    yield "bf16 base", recipe(folder, "grouped", base={"dtype": "bfloat16"}, batch_size=1)
+    yield "autocast", recipe(folder, "grouped", batch_size=1, precision="bfloat16")
+    yield "pico", recipe(None, "pico", batch_size=8)
+    yield "pico, dropout", recipe(None, "pico", {"name": "lora", "dropout": 0.1}, batch_size=4)
+    for layers in ("0-1", "5-9", "9"):
+        yield f"layers {layers}", recipe(folder, "deep", layers=layers, batch_size=4)
+
+
+def recipe(
+    folder: Path | None, shape: str, method: dict[str, Any] | None = None, *, base: dict[str, Any] | None = None,
+    layers: str | None = None, **train: Any,
+) -> dict[str, Any]:  # fmt: skip
+    model = shape if folder is None else str(folder / shape)
+    return {
+        "base": {"model": model, **(base or {})},
+        "data": {"train": str(DATA), "limit": 72},
+        "method": method or {"name": "lora"},
+        "layers": layers,
+        "train": {"threads": THREADS, "epochs": 1, **train},
+        "forgetting": None,
+    }
+
+
+def truth(settings: dict[str, Any]) -> dict[str, float]:
+    """In this process: the peak above what there was before, and the seconds of a step, over the run's largest batch
+    and its first steps."""
+    import torch
+
+    from weft.plan.truth import Peak, resident_bytes
+    from weft.recipe import Recipe
+    from weft.tune.ahead import largest_and_first
+    from weft.tune.learn import make_learner, without_cache
+    from weft.tune.packing import packed_attention
+    from weft.tune.session import attach_adapter, prepare
+    from weft.tune.step import train_step
+
+    torch.set_num_threads(THREADS)
+    before = resident_bytes()
+    session = prepare(Recipe.model_validate(settings), lambda _: None)
+    attach_adapter(session)
+    largest, first = largest_and_first(session, STEPS)
+    learner, train = make_learner(session), session.recipe.train
+    session.model.train()
+    highest = Peak(session.device, before)
+    times = []
+    with without_cache(session.model), packed_attention(session.model, session.packed_from):
+        train_step(learner, largest, train, rate=1e-6, step=1)
+        for parts in (largest, *first):
+            started = time.perf_counter()
+            train_step(learner, parts, train, rate=1e-6, step=1)
+            times.append(time.perf_counter() - started)
+    # of the first steps: how long they take beside the forecast of the very same ones
+    return {"memory": highest.bytes(), "seconds": sum(times[1:])}
+
+
+def forecast(settings: dict[str, Any]) -> dict[str, float]:
+    """In this process, without the history of past runs."""
+    import torch
+
+    from weft.recipe import Recipe
+    from weft.tune.ahead import foresee_steps
+
+    torch.set_num_threads(THREADS)
+    memory, seconds = foresee_steps(Recipe.model_validate(settings), STEPS)
+    return {"memory": memory, "seconds": seconds}
+
+
+def compare(*, memory_only: bool = False, chosen: list[int] | None = None) -> list[dict[str, Any]]:
+    """Every configuration with its forecast and its truth."""
+    found = []
+    with tempfile.TemporaryDirectory(prefix="weft-forecast-") as name:
+        folder = Path(name)
+        _make_bases(folder)
+        os.environ["WEFT_CACHE"] = str(folder / "cache")
+        for number, (title, settings) in enumerate(configurations(folder)):
+            if chosen and number not in chosen:
+                continue
+            row = {"number": number, "name": title, **_both(settings)}
+            found.append(row)
+            shown = f"{number:3} {title:34} memory {_percent(row, 'memory')}"
+            print(shown + ("" if memory_only else f"   time {_percent(row, 'seconds')}"), flush=True)
+    return found
+
+
+def run() -> list[Claim]:
+    """Median and worst errors, as ratios to what was promised."""
+    rows = [row for row in compare() if "error" not in row]
+    claims = []
+    for key, name, median, worst in (("memory", "peak memory", 0.04, 0.12), ("seconds", "time of a step", 0.10, 0.30)):
+        errors = sorted(abs(row["forecast"][key] / row["truth"][key] - 1) for row in rows)
+        low, middle, high = statistics.quantiles(errors, n=4)
+        detail = f"{len(rows)} configurations"
+        claims.append(Claim(f"{name}: median error of the forecast", middle, low, high, median, detail))
+        claims.append(Claim(f"{name}: worst error of the forecast", errors[-1], low, high, worst, detail))
+    return claims
+
+
+def _both(settings: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for what in ("truth", "forecast"):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.forecast", f"--{what}"], input=json.dumps(settings), text=True,
+            capture_output=True, env={**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(THREADS)}, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            return {"error": f"{what}: {done.stderr.strip().splitlines()[-1]}"}
+        found[what] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _percent(row: dict[str, Any], key: str) -> str:
+    if "error" in row:
+        return f"failed: {row['error']}"
+    unit, name = (1e6, "MB") if key == "memory" else (1, "s")
+    told, real = row["forecast"][key], row["truth"][key]
+    return f"{told / unit:8.2f} for {real / unit:8.2f} {name} ({told / real - 1:+.1%})"
+
+
+def _make_bases(folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from weft.base import find_base
+
+    tokenizer = AutoTokenizer.from_pretrained(find_base("pico"))
+    for name, shape in SHAPES.items():
+        torch.manual_seed(0)
+        config = LlamaConfig(**{"vocab_size": 4096, "max_position_embeddings": 1024, **shape})
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] in (["--truth"], ["--forecast"]):
+        side = truth if sys.argv[1] == "--truth" else forecast
+        print(json.dumps(side(json.load(sys.stdin))))
+    else:
+        numbers = [int(each) for each in sys.argv[1:] if each.isdecimal()]
+        rows = compare(memory_only="--memory-only" in sys.argv, chosen=numbers or None)
+        for what in ("memory", "seconds"):
+            off = sorted(abs(r["forecast"][what] / r["truth"][what] - 1) for r in rows if "error" not in r)
+            if off:
+                print(f"{what}: median {statistics.median(off):.1%}, worst {off[-1]:.1%} of {len(off)}")

@@ -1,0 +1,236 @@
+"""A session without numbers: the model of a recipe on fake tensors, adapted, and its training step traced."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from weft.attach import attach_plan, use
+from weft.base import find_base
+from weft.data import Batch, Splits
+from weft.patterns import layer_of
+from weft.plan.depth import Depth, shorten
+from weft.plan.quantised import quantise_fake
+from weft.plan.trace import Trace
+from weft.recipe import Recipe, resolve_method
+from weft.registry import methods
+from weft.targets import Plan, resolve
+from weft.tune.learn import leave, make_learner
+from weft.tune.packing import choose_packing, packed_attention
+from weft.tune.session import Session
+from weft.tune.step import Learner, train_step
+from weft.tune.tasks import TASKS
+
+__all__ = ["Skeleton", "skeleton"]
+
+_NAME = "adapter"
+_STRETCH = 16 * 4096  # what Linux maps around a page that is read
+
+
+@dataclass
+class Skeleton:
+    """The model of a recipe without numbers, what will be adapted in it, and which layers are run for all."""
+
+    recipe: Recipe
+    model: Any
+    plan: Plan
+    depth: Depth
+    layers: dict[int, nn.Module]
+    fake: FakeTensorMode
+    session: Session
+    stored: torch.dtype | None
+    """The number format of the checkpoint."""
+
+    def trace(self, batch: Batch, *, held: bool) -> Trace:
+        """One training step on a batch, recorded. held: with gradients of batches before it in the same step."""
+        found = Trace()
+        with found.recording(self.fake), _short(self.layers, self.depth):
+            found.on = False
+            learner = self._learner()
+            _make_states(learner)
+            found.on = True
+            self._give(found, learner, held=held)
+            handles = found.watch_layers({i: self.layers[i] for i in self.depth.kept}, learner.optimizer)
+            handles += [p.register_post_accumulate_grad_hook(found.gradient) for p in learner.parameters.values()]
+            try:
+                with packed_attention(self.model, self.session.packed_from):
+                    train_step(learner, [batch], self.recipe.train, rate=1e-6, step=1)
+            finally:
+                for handle in handles:
+                    handle.remove()
+                learner.optimizer.zero_grad(set_to_none=True)
+                leave(learner)
+        return found
+
+    @property
+    def num_frozen(self) -> int:
+        """Numbers of the base, a tied one once; packed bytes count as what they are."""
+        return sum(t.numel() for name, t in self.model.named_parameters() if ".adapters." not in f".{name}")
+
+    @property
+    def num_body(self) -> int:
+        """Numbers of the base without its embeddings and its head."""
+        tables = [getattr(self.model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+        sizes = {id(t.weight): t.weight.numel() for t in tables if t is not None}
+        return self.num_frozen - sum(sizes.values())
+
+    def untouched_bytes(self) -> int:
+        """Of a table of embeddings that is read from its file as it is, the rows that no token of the data names.
+
+        A CPU maps such a file, so that a row takes memory when it is read, in stretches of 16 pages.
+        """
+        get = getattr(self.model, "get_input_embeddings", None)
+        table = get().weight if get is not None else None
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        tied = head is not None and head.weight is table
+        if (
+            table is None or tied or self.stored != table.dtype or self.recipe.base.quantize is not None
+        ):  # copied, not mapped
+            return 0
+        row = table.shape[1] * table.element_size()
+        seen = {token for example in self.session.splits.train.examples for token in example.input_ids}
+        return max(table.shape[0] * row - len({token * row // _STRETCH for token in seen}) * _STRETCH, 0)
+
+    def _learner(self) -> Learner:
+        settings = self.recipe.train.model_copy(update={"compile": False, "activation_budget": None})
+        self.model.train()
+        return make_learner(replace(self.session, recipe=self.recipe.model_copy(update={"train": settings})))
+
+    def _give(self, trace: Trace, learner: Learner, *, held: bool) -> None:
+        """All that is there before the step."""
+        trained = {id(p) for p in learner.parameters.values()}
+        for name, tensor in _tensors(self.model):
+            own = ".adapters." in f".{name}" or id(tensor) in trained
+            trace.give(tensor, "adapters" if own else "weights", layer_of(name) if own else None)
+        for name, parameter in learner.parameters.items():
+            if held:
+                parameter.grad = torch.zeros_like(parameter)
+                trace.give(parameter.grad, "gradients", layer_of(name))
+            for value in learner.optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor):
+                    trace.give(value, "optimizer", layer_of(name))
+
+
+def skeleton(recipe: Recipe, tokenizer: Any, splits: Splits) -> Skeleton:
+    """The model that a recipe names, from its configuration alone, with the adapter that it asks for.
+
+    Raises TargetError for whatever the method or the targets cannot be.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with Trace().recording(fake), _no_init(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        model, stored = _model(recipe)
+        if recipe.base.quantize is not None:
+            quantise_fake(model, recipe.base.quantize, group_size=recipe.base.group_size, bits=recipe.base.bits)
+        task = TASKS[recipe.task]
+        model = task.prepare(model, splits)
+        _no_cache(model)
+        plan = resolve(
+            model, resolve_method(recipe.method, methods()), recipe.targets, name=_NAME, layers=recipe.layers,
+            save_modules=tuple(dict.fromkeys([*task.save_modules, *recipe.save_modules])), seed=recipe.train.seed,
+            dtype=None if recipe.train.adapter_dtype is None else getattr(torch, recipe.train.adapter_dtype),
+        )  # fmt: skip
+        layers = _layers(model)
+        depth = shorten(_signatures(model, plan, len(layers)))
+        sites = tuple(s for s in plan.sites if _is_run(s.site.layer, layers, depth))
+        attach_plan(model, replace(plan, sites=sites), statistics={})
+        use(model, _NAME)
+        session = Session(recipe, _NAME, Path(), model, tokenizer, splits, None, task, plan)
+        with _short(layers, Depth(depth.kept[:1], {})):  # layers are alike in what they do with packed rows
+            session.packed_from, session.rows = choose_packing(
+                model, splits.train.examples, recipe.train, task=recipe.task
+            )
+    return Skeleton(recipe, model, plan, depth, layers, fake, session, stored)
+
+
+def _model(recipe: Recipe) -> tuple[Any, torch.dtype | None]:
+    """The model of a configuration, and the number format in which its checkpoint is stored."""
+    import transformers
+
+    place, base = find_base(recipe.base.model), recipe.base
+    config = transformers.AutoConfig.from_pretrained(place, revision=base.revision or "main")
+    named = [getattr(transformers, a, None) for a in config.architectures or ()]
+    cls: Any = next((c for c in named if c is not None), transformers.AutoModel)
+    stored = config.dtype
+    auto = stored if stored is not None and torch.cuda.is_available() else torch.float32
+    dtype = auto if base.dtype == "auto" else getattr(torch, base.dtype)
+    build = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
+    model = build(config, dtype=dtype).eval()
+    model.tie_weights()  # which building leaves to loading
+    return model, stored
+
+
+@contextmanager
+def _no_init() -> Iterator[None]:
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
+
+
+def _no_cache(model: Any) -> None:
+    if getattr(getattr(model, "config", None), "use_cache", None):
+        model.config.use_cache = False
+
+
+def _layers(model: nn.Module) -> dict[int, nn.Module]:
+    """The layers of the longest list of modules that are alike, by number."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(c) for c in m}) == 1]
+    longest: Any = max(lists, key=len, default=None)
+    return {} if longest is None else dict(enumerate(longest))
+
+
+def _signatures(model: Any, plan: Plan, count: int) -> list[Any]:
+    """What makes layers different: what is adapted in them, whether gradients go through them, their attention."""
+    sites: dict[int | None, list[Any]] = {}
+    for planned in plan.sites:
+        site = planned.site
+        local = re.sub(r"\.\d+(?=\.|$)", ".N", site.address, count=1)
+        sites.setdefault(site.layer, []).append((local, planned.method, site.shape))
+    lowest = min((n for n in sites if n is not None), default=0) if None not in sites else 0
+    config: Any = getattr(model, "config", None)
+    types = getattr(config.get_text_config() if config is not None else None, "layer_types", None) or [None] * count
+    return [(tuple(sites.get(i, ())), i >= lowest, types[i] if i < len(types) else None) for i in range(count)]
+
+
+def _is_run(number: int | None, layers: dict[int, nn.Module], depth: Depth) -> bool:
+    return number is None or number not in layers or number in depth.kept
+
+
+@contextmanager
+def _short(layers: dict[int, nn.Module], depth: Depth) -> Iterator[None]:
+    """Inside the `with`, layers that others stand for hand on what they are given."""
+    skipped = [layer for i, layer in layers.items() if i not in depth.kept]
+    for layer in skipped:
+        layer.__dict__["forward"] = _hand_on
+    try:
+        yield
+    finally:
+        for layer in skipped:
+            layer.__dict__.pop("forward")
+
+
+def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+def _make_states(learner: Learner) -> None:
+    """What the optimiser keeps from its first step on."""
+    for parameter in learner.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
