@@ -128,7 +128,12 @@ def test_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             [],
             "recipe.yaml:3: train.batch_size: found 'many' (text), expected a whole number >= 1",
         ),
-        ("data: train.jsonl\ntrain: {optimizer: adamm}", [], "expected one of adamw, sgd; did you mean 'adamw'?"),
+        (
+            "data: {train: train.jsonl, template: chatt}",
+            [],
+            "expected one of chat, plain or null; did you mean 'chat'?",
+        ),
+        ("data: train.jsonl\ntrain: {optimizer: {eps: 1}}", [], "options stand beside a name, as in {name: wsd"),
         ("data: train.jsonl\ntrain: {betas: [0.9, 2]}", [], "expected a list of 2 numbers >= 0 and < 1"),
         (
             "data: train.jsonl\ntrain: {learning_rate: .inf}",
@@ -171,6 +176,12 @@ def test_mistakes(folder: Path, text: str, overrides: list[str], message: str) -
 
 def test_every_mistake_is_reported_at_once(folder: Path) -> None:
     assert len(problem(folder, "data: train.jsonl\ntask: x\ntargets: 5\ntrain: {steps: 0, seed: -1}").splitlines()) == 4
+
+
+def test_keys_that_do_not_go_together_are_told_without_the_whole_section(folder: Path) -> None:
+    said = problem(folder, "data: t.jsonl\ntrain: {steps: 3, optimizer_in_backward: true}")
+    assert "set clip_norm to null" in said
+    assert "found" not in said
 
 
 def test_a_recipe_that_is_not_there(folder: Path) -> None:

@@ -15,7 +15,7 @@ _PUBLIC = {
     "Method": "weft.core", "option": "weft.core", "Stack": "weft.core", "methods": "weft.registry",
     "check_method": "weft.checks", "load_base": "weft.base",
     "save": "weft.interop.folder", "load": "weft.interop.folder",
-    "parity": "weft.parity", "cost": "weft.cost", "tune": "weft.tune",
+    "parity": "weft.parity", "cost": "weft.cost", "tune": "weft.tune", "plan": "weft.tune", "tune_many": "weft.tune",
 }  # fmt: skip
 
 __all__ = ["__version__"] + list(_PUBLIC)  # and every method's class, found by name when it is asked for
@@ -32,6 +32,10 @@ def __getattr__(name: str) -> Any:
         if cls.__name__ == name:
             return cls
     raise AttributeError(f"module 'weft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 class _Public(ModuleType):

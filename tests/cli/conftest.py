@@ -22,7 +22,7 @@ layers: 0-3
 train: {{steps: 3, batch_size: 2, learning_rate: 0.03, warmup: 0, threads: 1}}
 forgetting: {{limit: 2}}
 check: {{ways: [saved, merged], rows: 2}}
-report: {{examples: 1}}
+report: {{examples: 1, forecast: false}}
 output: {output}
 """
 

@@ -104,7 +104,7 @@ def bare(base: Path, data: Path, output: Path, **train: Any) -> Recipe:
             },
             "forgetting": None,
             "check": None,
-            "report": {"html": False, "examples": 0},
+            "report": {"html": False, "examples": 0, "forecast": False},
             "output": str(output),
         }
     )

@@ -14,8 +14,10 @@ from weft.errors import WeftError
 from weft.recipe import Train
 from weft.tune.evaluate import measure, pad_token
 from weft.tune.learn import make_learner
-from weft.tune.loop import Learner, Progressed, StepResult, micro_batches, num_steps, train, train_step
+from weft.tune.loop import Progressed, num_steps, train
+from weft.tune.parts import micro_batches
 from weft.tune.session import Session, attach_adapter, prepare
+from weft.tune.step import Learner, StepResult, train_step
 
 
 def ready(tiny, tmp_path, **settings) -> tuple[Session, Learner]:
@@ -75,14 +77,12 @@ def test_training_learns_and_leaves_the_base_alone(tiny, tmp_path):
     assert all(torch.equal(v, session.model.state_dict()[k]) for k, v in untouched.items())
 
 
-@pytest.mark.parametrize(
-    "settings", [{"gradient_checkpointing": True}, {"precision": "bfloat16"}, {"optimizer": "sgd"}]
-)
+@pytest.mark.parametrize("settings", [{"activations": "recompute"}, {"precision": "bfloat16"}, {"optimizer": "sgd"}])
 def test_other_ways_to_compute_learn_the_same_thing(tiny, tmp_path, settings):
     _, plain = trained(tiny, tmp_path, steps=3)
     _, other = trained(tiny, tmp_path, steps=3, **settings)
     assert other[0].loss == pytest.approx(plain[0].loss, rel=2e-2)
-    if settings == {"gradient_checkpointing": True}:
+    if settings == {"activations": "recompute"}:
         assert [r.loss for r in other] == pytest.approx([r.loss for r in plain], rel=1e-6)
 
 

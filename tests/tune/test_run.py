@@ -58,7 +58,8 @@ def test_everything_is_measured_before_and_after(result):
     assert line.split()[3:5] == [f"{before:.4f}", f"{after:.4f}"]
     assert "forgotten, base-like text bits per byte" in str(found)
     assert "train: 30 of 30 rows good" in said
-    assert "memory (first estimate" in said
+    assert "peak memory" in said
+    assert "forecast and truth: peak memory" in said
 
 
 def test_everything_is_written(result):
@@ -142,7 +143,7 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tiny, tmp_path)
     assert "rank: 2" in text
     assert "model.layers.0.self_attn.q_proj" in text
     assert "steps: 8" in text
-    assert "in all, at most" in text
+    assert "peak memory" in text
     assert (
         told.num_trained
         == 14 * 0
@@ -268,8 +269,9 @@ def test_a_loss_that_explodes_says_where_the_last_checkpoint_is(tiny, tmp_path, 
         return loss * (float("nan") if count > 6 else 1), number, metrics
 
     monkeypatch.setattr(objectives.get("causal-lm"), "loss", staticmethod(explode))
-    with pytest.raises(WeftError, match=r"loss of step 6 is nan.*step-00000003; go on"):
-        tune(runs.bare(tiny / "base", tiny / "data", tmp_path / "run"), console=runs.quiet())
+    recipe = runs.bare(tiny / "base", tiny / "data", tmp_path / "run", loss_chunk=0)
+    with pytest.raises(WeftError, match=r"loss of step 7 is nan.*step-00000006; go on"):
+        tune(recipe, console=runs.quiet())
 
 
 def test_tensorboard_on_request(tiny, tmp_path, monkeypatch):

@@ -210,7 +210,9 @@ def _sentence(kind: str, path: list[str], value: Any, message: str) -> tuple[str
             if kind == "missing":
                 return key, f"is missing; expected {expected(field)}"
             if kind == "value_error":
-                return key, f"found {_found(value)}: {message.removeprefix('Value error, ')}"
+                told = message.removeprefix("Value error, ")
+                # a whole section is in the recipe to be read; its keys do not go together
+                return key, told if isinstance(value, dict) else f"found {_found(value)}: {told}"
             close = f"; {nearest(value, _choices(field))}" if isinstance(value, str) and _choices(field) else ""
             return key, f"found {_found(value)}, expected {expected(field)}{close}"
         section = inner

@@ -14,6 +14,7 @@ _FIGURES = {  # key: (name, True when more is better)
     "loss": ("loss", False),
     "accuracy": ("accuracy", True),
     "bits_per_byte": ("bits per byte", False),
+    "margin": ("margin of the chosen answer", True),
 }
 _DATA = {"validation": "validation", "test": "test", "forgetting": "base's own text", "train": "training"}
 _LEVEL = 5e-5  # changes below what four decimals show are no change
@@ -24,7 +25,7 @@ def cards(summary: Summary) -> str:
     found = []
     learnt = next((data for data in ("validation", "test") if data in summary["after"]), None)
     if learnt:
-        key = "accuracy" if summary["task"] == "classification" else "loss"
+        key = "loss" if summary["task"] == "causal-lm" else "accuracy"
         found.append(_change_card(f"learnt: {_DATA[learnt]} {_FIGURES[key][0]}", summary, learnt, key))
     if "forgetting" in summary["after"]:
         found.append(_change_card("forgotten: base's text, loss", summary, "forgetting", "loss"))

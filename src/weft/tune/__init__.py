@@ -1,9 +1,10 @@
 """Training an adapter from a recipe: the loop, its checkpoints, what is measured before and after."""
 
+from weft.tune.ahead import plan
 from weft.tune.checkpoint import CheckpointError
-from weft.tune.estimate import Estimate, estimate
 from weft.tune.evaluate import evaluate, measure
 from weft.tune.machine import OutputError
+from weft.tune.many import tune_many
 from weft.tune.outcome import TuneResult
 from weft.tune.run import DryRun, dry_run, tune
 from weft.tune.stop import Interrupted
@@ -11,13 +12,13 @@ from weft.tune.stop import Interrupted
 __all__ = [
     "CheckpointError",
     "DryRun",
-    "Estimate",
     "Interrupted",
     "OutputError",
     "TuneResult",
     "dry_run",
-    "estimate",
     "evaluate",
     "measure",
+    "plan",
     "tune",
+    "tune_many",
 ]

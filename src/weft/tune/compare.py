@@ -48,7 +48,10 @@ def compare(recipe: Recipe, adapters: Sequence[str | Path]) -> Comparison:
     from weft.base import load_base
 
     base, settings = recipe.base, recipe.train
-    model, tokenizer = load_base(base.model, dtype=base.dtype, quantize=base.quantize, revision=base.revision)
+    model, tokenizer = load_base(
+        base.model, dtype=base.dtype, quantize=base.quantize, revision=base.revision,
+        group_size=base.group_size, bits=base.bits,
+    )  # fmt: skip
     splits = load_data(recipe.data, tokenizer, task=recipe.task, context=context_length(model))
     named = {
         "validation": splits.validation,
@@ -69,7 +72,8 @@ def compare(recipe: Recipe, adapters: Sequence[str | Path]) -> Comparison:
             for name in (BASE, *records(whole)):
                 with using(whole, None if name == BASE else name) if records(whole) else threads(None):
                     found.setdefault(data, {})[name] = measure(
-                        whole, tokenizer, split.examples, task=recipe.task, batch_size=settings.batch_size,
-                        precision=settings.precision,
+                        whole, tokenizer, split.examples, batch_size=settings.batch_size,
+                        task="causal-lm" if data == "forgetting" else recipe.task, precision=settings.precision,
+                        preference=recipe.preference,
                     )  # fmt: skip
     return Comparison(found)

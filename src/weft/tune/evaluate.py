@@ -15,6 +15,7 @@ from weft import objectives
 from weft.base import find_base
 from weft.data import IGNORED, Dataset, Example, collate, load_data, load_texts
 from weft.recipe import Recipe
+from weft.recipe.schema import Preference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,9 +63,11 @@ def evaluate(
             model,
             tokenizer,
             split.examples,
-            task=data.task,
+            task="causal-lm" if name == "forgetting" else data.task,
             batch_size=settings.batch_size,
             precision=settings.precision,
+            preference=data.preference,
+            loss_chunk=settings.loss_chunk,
         )
         for name, split in chosen.items()
     }
@@ -79,29 +82,37 @@ def measure(
     task: str = "causal-lm",
     batch_size: int = 8,
     precision: str | None = None,
+    preference: Preference | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    loss_chunk: int | None = None,
 ) -> dict[str, float]:
-    """Loss in nats per trained token (or row), accuracy, and, for text, bits per byte. {} when `stopped` in between."""
-    objective, device = objectives.get(task), device_of(model)
+    """Loss in nats per trained token (or row, or pair), accuracy, bits per byte of text or the mean margin of pairs.
+
+    preference: the options of that task. loss_chunk: tokens whose logits are held at once, as in a recipe. Returns {}
+    when `stopped` in between.
+    """
+    device = device_of(model)
+    loss_of, _ = objectives.chunked_loss_of(task, model, chunk=loss_chunk, preference=preference)
     by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    loss, correct, count = 0.0, 0, 0
+    loss, count, sums = 0.0, 0, dict[str, float]()
     with evaluating(model):
         for start in range(0, len(by_length), batch_size):
             if stopped():
                 return {}
             batch = collate(by_length[start : start + batch_size], pad_token=pad_token(tokenizer)).to(device)
             with autocast(device, precision):
-                total, number, metrics = objective.loss(model, batch)
+                total, number, metrics = loss_of(model, batch)
             loss, count = loss + total.item(), count + number
-            correct += int(metrics["correct"])
-    figures = {"loss": loss / count, "accuracy": correct / count, "count": count}
+            sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
+    figures = {"loss": loss / count, "accuracy": sums.pop("correct") / count, "count": count}
+    figures |= {name: total / count for name, total in sums.items()}
     num_bytes = sum(_trained_bytes(example, tokenizer) for example in examples)
     return figures | ({"bits_per_byte": loss / log(2) / num_bytes} if num_bytes else {})
 
 
 def load_forgetting(recipe: Recipe, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
     """Held-out text that the base knows: the recipe's, or what is bundled with the base; None when there is none."""
-    if recipe.forgetting is None or recipe.task != "causal-lm":
+    if recipe.forgetting is None or recipe.task == "classification":
         return None
     paths = recipe.forgetting.data or _bundled_text(recipe.base.model)
     if paths is None:
@@ -150,7 +161,7 @@ def _bundled_text(base: str) -> str | None:
 
 def _trained_bytes(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
     """Bytes of the text that an example's trained tokens stand for."""
-    if isinstance(example.labels, int):
+    if isinstance(example.labels, int) or example.rejected:
         return 0
     tokens = [token for token in example.labels if token != IGNORED]
     text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -15,9 +15,10 @@ from weft.attach import records
 from weft.data import Position
 from weft.tune import checkpoint
 from weft.tune.checkpoint import Checkpoint, CheckpointError
-from weft.tune.loop import Learner, Progressed
+from weft.tune.loop import Progressed
 from weft.tune.optimizers import flatten_state, restore_state
 from weft.tune.random_state import random_states, restore_random_states
+from weft.tune.step import Learner
 
 __all__ = ["Keeper", "adapter_tensors", "named_parameters"]
 

@@ -3,42 +3,77 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from weft import objectives
+from weft.core.adapter import Adapter
+from weft.data import num_batches
 from weft.errors import WeftError
-from weft.tune.activations import recompute_activations
+from weft.optim import ZerothOrder
+from weft.tune.activations import keep_activations
+from weft.tune.compiled import Compilations
+from weft.tune.distributed import agreed, leading, num_processes, parallel
 from weft.tune.evaluate import measure, pad_token
+from weft.tune.in_backward import InBackward
 from weft.tune.keeper import Keeper, named_parameters
+from weft.tune.levers import set_levers
 from weft.tune.log import Sink
-from weft.tune.loop import Diverged, Learner, Progressed, StepResult, make_scaler, train
+from weft.tune.loop import Progressed, train
 from weft.tune.machine import DISK_ERRORS, memory_bytes
-from weft.tune.optimizers import make_optimizer
+from weft.tune.optimizers import finish, make_optimizer, settled
+from weft.tune.optimizers import notes as notes_of
 from weft.tune.progress import Progress
+from weft.tune.regularise import Gradient, Mixout, components, scale_rows
 from weft.tune.session import Session
+from weft.tune.step import Diverged, Learner, StepResult, backpropagate, make_scaler, update_all
 from weft.tune.stop import Interrupted, Stop
+from weft.tune.trained import trained_tensors
+from weft.tune.zeroth_order import against_slopes, slopes
 
-__all__ = ["learn", "make_learner"]
+__all__ = ["Watch", "learn", "leave", "make_learner", "without_cache"]
 
 
 def make_learner(session: Session) -> Learner:
     """The optimiser and all else that steps need, for a session whose adapter is attached."""
     settings, model = session.recipe.train, session.model
     trained = named_parameters(model, session.name)
-    if settings.gradient_checkpointing:
-        recompute_activations(model)
-    return Learner(
+    tensors = trained_tensors(model, session.name)
+    rows_per_step = settings.batch_size * settings.accumulate
+    optimizer = make_optimizer(
+        trained, settings, tensors=tensors, steps_per_epoch=num_batches(len(session.splits.train), rows_per_step)
+    )
+    forward_only = isinstance(optimizer, ZerothOrder)
+    gradient: Gradient = slopes if forward_only else parallel(backpropagate)
+    loss_of, said = objectives.chunked_loss_of(
+        session.recipe.task, model, chunk=settings.loss_chunk, preference=session.recipe.preference
+    )
+    notes = [*([said] if said else []), *set_levers(session, loss_of), *notes_of(optimizer)]
+    learner = Learner(
         model=model,
         parameters=trained,
-        optimizer=make_optimizer(trained, settings),
-        scaler=make_scaler(session.device, settings.precision),
-        loss_of=objectives.get(session.recipe.task).loss,
+        optimizer=optimizer,
+        scaler=make_scaler(session.device, None if forward_only else settings.precision),
+        loss_of=loss_of,
         call=torch.compile(model) if settings.compile else model,
+        adapters=[m for m in model.modules() if isinstance(m, Adapter)],
+        packed_from=session.packed_from,
+        gradient=Mixout(tensors, settings.mixout, gradient) if settings.mixout else gradient,
+        components=components(tensors) if settings.clip_by == "component" else None,
+        update=against_slopes if forward_only else update_all,
+        hooks=scale_rows(tensors, settings.allora) if settings.allora is not None else (),
+        notes=notes,
+        compiled=Compilations() if settings.compile else None,
     )
+    if settings.optimizer_in_backward:
+        stepper = InBackward(optimizer, trained, masters=settings.master_weights)
+        learner.update, learner.hooks = stepper.update, [*learner.hooks, *stepper.hooks]
+    return learner
 
 
 def learn(
@@ -54,13 +89,9 @@ def learn(
     Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint written first, Diverged for a loss that is not a
     number, and WeftError for a disk that refuses.
     """
-    config: Any = getattr(session.model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    if caches is not None:  # training reads no cache of keys and values, and building one takes memory
-        config.use_cache = False
     try:
-        with Stop() as stop, progress:
-            watch = _Watch(session, learner, progressed, keeper, sinks, progress, stop)
+        with without_cache(session.model), Stop() as stop, progress:
+            watch = Watch(session, learner, progressed, keeper, sinks, progress, stop)
             try:
                 train(
                     learner,
@@ -79,13 +110,36 @@ def learn(
             if stop.requested and progressed.step < session.num_steps:
                 raise Interrupted(f"stopped by {stop.requested} after step {progressed.step}; {keeper.kept()}")
     finally:
+        leave(learner)
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Training reads no cache of keys and values, and building one takes memory."""
+    config: Any = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
+    if caches is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
         if caches is not None:
             config.use_cache = caches
-        session.model.eval()
+
+
+def leave(learner: Learner) -> None:
+    """Undo what training put on the model, and leave the trained tensors as they are to be used."""
+    finish(learner.optimizer)
+    for hook in learner.hooks:
+        hook.remove()
+    keep_activations(learner.model)
+    if learner.compiled is not None:
+        learner.compiled.close()
+    learner.model.eval()
 
 
 @dataclass
-class _Watch:
+class Watch:
     """What happens after every step."""
 
     session: Session
@@ -108,12 +162,15 @@ class _Watch:
         self.num_trained += result.num_trained
         self.num_tokens += result.num_tokens
         self._show(result)
+        for act in self.learner.after:
+            act(step)
         if last or step % settings.log_every == 0:
             self._log(result)
         if settings.evaluate_every and (step % settings.evaluate_every == 0 and not last):
             self._validate()
-        stopping = self.stop.is_requested()
-        if last or stopping or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+        stopping = agreed(self.stop)
+        due = last or stopping or (settings.checkpoint_every and step % settings.checkpoint_every == 0)
+        if due and leading():
             self.keeper.save(self.learner, self.progressed)
         return not stopping
 
@@ -150,10 +207,13 @@ class _Watch:
         if validation is None:
             return
         settings, step = session.recipe.train, self.progressed.step
-        figures = measure(
-            session.model, session.tokenizer, validation.examples, task=session.recipe.task,
-            batch_size=settings.batch_size, precision=settings.precision, stopped=self.stop.is_requested,
-        )  # fmt: skip
+        with settled(self.learner.optimizer):
+            figures = measure(
+                session.model, session.tokenizer, validation.examples, task=session.recipe.task,
+                preference=session.recipe.preference, batch_size=settings.batch_size, precision=settings.precision,
+                loss_chunk=settings.loss_chunk,
+                stopped=self.stop.is_requested if num_processes() == 1 else lambda: False,  # they measure in step
+            )  # fmt: skip
         if figures:
             best = self.progressed.best
             if not best or figures["loss"] < best["loss"]:

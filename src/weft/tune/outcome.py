@@ -54,7 +54,7 @@ class TuneResult:
         rows = [("", "before", "after", "change")]
         for data, figures in self.after.items():
             first = self.before.get(data, {})
-            for key in ("loss", "accuracy", "bits_per_byte"):
+            for key in ("loss", "accuracy", "bits_per_byte", "margin"):
                 if key in figures and key in first:
                     change = figures[key] - first[key]
                     what = f"{_LABELS.get(data, data)} {key.replace('_', ' ')}"
@@ -146,8 +146,9 @@ def _figures(session: Session, named: dict[str, Dataset | None]) -> Figures:
     recipe = session.recipe
     return {
         name: measure(
-            session.model, session.tokenizer, dataset.examples, task=recipe.task,
-            batch_size=recipe.train.batch_size, precision=recipe.train.precision,
+            session.model, session.tokenizer, dataset.examples,
+            task="causal-lm" if name == "forgetting" else recipe.task, preference=recipe.preference,
+            batch_size=recipe.train.batch_size, precision=recipe.train.precision, loss_chunk=recipe.train.loss_chunk,
         )
         for name, dataset in named.items()
         if dataset is not None

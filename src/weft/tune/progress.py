@@ -17,10 +17,13 @@ def stderr_console() -> Console:
 
 
 class Progress:
-    """Shows how far training is. `update` moves the bar; `note` says a line; `log` is shown when there is no bar."""
+    """Shows how far training is. `update` moves the bar; `note` says a line; `log` is shown when there is no bar.
 
-    def __init__(self, console: Console, *, num_steps: int, done: int = 0):
-        self.console, self.num_steps = console, num_steps
+    name: stands before every line, where several runs speak.
+    """
+
+    def __init__(self, console: Console, *, num_steps: int, done: int = 0, name: str = ""):
+        self.console, self.num_steps, self.name = console, num_steps, name
         self._bar = Bar(
             TextColumn("training"),
             BarColumn(),
@@ -56,7 +59,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Say one line, above the bar."""
-        self.console.print(text, markup=False)
+        self.console.print(f"{self.name}: {text}" if self.name else text, markup=False)
 
 
 def readable_seconds(seconds: float) -> str:

@@ -13,7 +13,7 @@ __all__ = ["check_same_run", "data_digest"]
 
 HARMLESS = (
     "output", "report", "check", "forgetting.data", "data.train", "data.validation", "data.test",
-    "train.steps", "train.epochs", "train.threads", "train.log_every", "train.evaluate_every",
+    "train.steps", "train.epochs", "train.threads", "train.sharding", "train.log_every", "train.evaluate_every",
     "train.checkpoint_every", "train.keep_checkpoints",
 )  # fmt: skip
 """Keys that may differ: they do not change what is learnt; data is compared by content, and other steps are said."""

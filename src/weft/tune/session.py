@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,18 @@ import torch
 from torch import nn
 
 from weft.attach import attach_plan, use
-from weft.calibrate import collect
 from weft.data import Batch, Dataset, Splits, batches, collate, load_data
+from weft.quantise import Originals
 from weft.recipe import Recipe, load_recipe, resolve_method
 from weft.registry import methods
 from weft.targets import Plan, resolve
 from weft.tune.evaluate import context_length, device_of, load_forgetting, pad_token
 from weft.tune.loop import num_steps
+from weft.tune.optimizers import check_optimizer
+from weft.tune.packing import choose_packing
 from weft.tune.random_state import seed_everything
+from weft.tune.repair import check_repair, load_quantised, start_statistics
+from weft.tune.schedules import resolve_schedule
 from weft.tune.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -47,6 +51,12 @@ class Session:
     base_like: Dataset | None
     task: Task
     plan: Plan
+    originals: Originals = field(default_factory=Originals)
+    """The base's layers before it was quantised, while a start or a correction needs them."""
+    packed_from: int | None = None
+    """The first position of packed rows; None: rows are padded."""
+    rows: str = ""
+    """What was chosen about packing, and why: one line, known once the adapter is attached."""
 
     @property
     def num_steps(self) -> int:
@@ -75,27 +85,30 @@ class Session:
         return collate(examples, pad_token=pad_token(self.tokenizer)).to(self.device)
 
 
-def prepare(recipe: Recipe | str | Path, say: Say) -> Session:
+def prepare(recipe: Recipe | str | Path, say: Say, *, beside: Session | None = None) -> Session:
     """Load everything that a recipe names and resolve what will be adapted; nothing is written and nothing attached.
 
+    beside: a session whose base, the same as this recipe's, is used instead of loading another.
     Raises RecipeError, DataError or TargetError for whatever cannot be used.
     """
-    from weft.base import load_base
-
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     method = resolve_method(recipe.method, methods())
+    check_optimizer(recipe.train)
+    resolve_schedule(recipe.train.schedule)
     folder = Path(recipe.output or "runs/adapter")
     seed_everything(recipe.train.seed)
-    base = recipe.base
-    model, tokenizer = load_base(base.model, dtype=base.dtype, quantize=base.quantize, revision=base.revision)
-    if torch.cuda.is_available():
-        model.to("cuda")
+    check_repair(recipe, method)
+    if beside is None:
+        model, tokenizer, originals = load_quantised(recipe, method)
+    else:
+        model, tokenizer, originals = beside.model, beside.tokenizer, beside.originals
     splits = load_data(recipe.data, tokenizer, task=recipe.task, context=context_length(model))
     for report in splits.reports:
         say(report.as_text())
     base_like = load_forgetting(recipe, model, tokenizer)
     task = TASKS[recipe.task]
     model = task.prepare(model, splits)
+    originals.follow(model)
     name = _adapter_name(folder)
     plan = resolve(
         model,
@@ -104,16 +117,20 @@ def prepare(recipe: Recipe | str | Path, say: Say) -> Session:
         name=name,
         layers=recipe.layers,
         save_modules=tuple(dict.fromkeys([*task.save_modules, *recipe.save_modules])),
+        dtype=None if recipe.train.adapter_dtype is None else getattr(torch, recipe.train.adapter_dtype),
         seed=recipe.train.seed,
     )
-    return Session(recipe, name, folder, model, tokenizer, splits, base_like, task, plan)
+    return Session(recipe, name, folder, model, tokenizer, splits, base_like, task, plan, originals)
 
 
 def attach_adapter(session: Session) -> None:
     """Carry out the plan, and use the adapter."""
     model, plan = session.model, session.plan
-    attach_plan(model, plan, statistics=collect(model, plan, session.calibration()))
+    attach_plan(model, plan, statistics=start_statistics(model, plan, session.originals, session.calibration()))
     use(model, session.name)
+    session.packed_from, session.rows = choose_packing(
+        model, session.splits.train.examples, session.recipe.train, task=session.recipe.task
+    )
 
 
 def model_inputs(batch: Batch, *, labels: bool = False) -> dict[str, torch.Tensor]:
