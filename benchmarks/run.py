@@ -15,7 +15,20 @@ import torch
 from benchmarks.common import Claim
 
 HERE = Path(__file__).parent
-NAMES = ("import_time", "attach_time", "many_adapters", "one_token", "train_step")
+NAMES = (
+    "import_time",
+    "attach_time",
+    "many_adapters",
+    "one_token",
+    "train_step",
+    "train_memory",
+    "ladder",
+    "whole_job",
+    "zeroth_order",
+    "packing",
+    "many_training",
+    "forecast",
+)
 PACKAGES = ("torch", "transformers", "peft")
 
 

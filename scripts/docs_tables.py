@@ -8,14 +8,20 @@ A table stands between `<!-- generated: NAME -->` and `<!-- end -->`; what is ar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from weft.capabilities import Capabilities, capabilities, in_short
+from weft.optim import Pair, Setting, Trained, choices, state_bytes
 from weft.recipe import docs_table
 from weft.registry import methods
+from weft.tune.schedules import schedules
 
 ROOT = Path(__file__).resolve().parent.parent
 _PLACE = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?\n?(<!-- end -->)", re.DOTALL)
@@ -56,7 +62,41 @@ def method_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def optimizer_table() -> str:
+    """Every optimiser on one line, with what it keeps for each parameter of a large matrix in float32."""
+    matrix = nn.Parameter(torch.empty(1024, 1024, device="meta"))
+    trained = [Trained("layer.weight", matrix, layer=0)]
+    setting = Setting(trained, pairs=[Pair(matrix, nn.Parameter(torch.empty(1024, 1024, device="meta")))])
+    lines = ["| optimizer | what it is | from | bytes | options | paper |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, load in choices().items():
+        cls = load()
+        chosen = cls(**({"layers": 1} if name == "lisa" else {}))
+        held = state_bytes(chosen, [{"params": [matrix], "weight_decay": 0.0}], setting) / matrix.numel()
+        options = ", ".join(f"`{f.name}` {_value(f.default)}" for f in dataclasses.fields(cls))
+        lines.append(_row((f"`{name}`", cls.what, cls.source, f"{held:.2g}", options, _paper(cls.paper))))
+    return "\n".join(lines) + "\n"
+
+
+def schedule_table() -> str:
+    """Every schedule with its options."""
+    lines = ["| schedule | what it is | options | paper |", "| --- | --- | --- | --- |"]
+    for name, cls in schedules().items():
+        options = "; ".join(f"`{f.name}` {_value(f.default)}: {f.metadata['help']}" for f in dataclasses.fields(cls))
+        lines.append(_row((f"`{name}`", cls.what, options, _paper(cls.paper))))
+    return "\n".join(lines) + "\n"
+
+
+def _value(default: object) -> str:
+    return str(default).lower() if isinstance(default, bool) else "null" if default is None else str(default)
+
+
+def _paper(number: str) -> str:
+    return f"[{number}](https://arxiv.org/abs/{number})" if number else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "optimizers": optimizer_table,
+    "schedules": schedule_table,
     "methods": method_table,
     "catalogue": method_catalogue,
     "recipe": docs_table,

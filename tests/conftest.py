@@ -17,6 +17,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HOME=tempfile.mkdtemp(prefix="weft-tests-hf-"),  # a model in the tester's own cache must not make a test pass
+    WEFT_CACHE=tempfile.mkdtemp(prefix="weft-tests-cache-"),  # nor the tester's past runs correct a forecast
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
 )
@@ -85,3 +86,4 @@ def seeds() -> None:
 def pytest_unconfigure() -> None:
     """Remove the cache that this process made."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+    shutil.rmtree(os.environ["WEFT_CACHE"], ignore_errors=True)

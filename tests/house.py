@@ -21,7 +21,7 @@ ROOMS = (
     *("capabilities", "checks", "objectives", "data", "cost", "generation", "diagnosis", "reopen", "base"),
     *("classifier", "optim", "combine", "compress", "reshape", "adaptive", "routers", "interop", "adapter", "attach"),
     *("fresh", "calibrate", "targets", "patterns", "quantise", "kinds", "recipe", "registry", "methods", "core"),
-    *("files", "errors"),
+    *("segments", "files", "errors"),
 )
 ANYWHERE = {"weft.__version__"}  # a constant, bound before anything is imported
 

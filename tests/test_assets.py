@@ -20,7 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PICO = ROOT / "src" / "weft" / "assets" / "pico"
 DATA = ROOT / "examples" / "data"
 SPLITS = ("train", "validation", "test")
-KEYS = {"docstrings": {"prompt", "completion"}, "packages": {"text", "label"}, "headers": {"text"}}
+KEYS = {
+    "docstrings": {"prompt", "completion"},
+    "preferences": {"prompt", "chosen", "rejected"},
+    "packages": {"text", "label"},
+    "headers": {"text"},
+}
 MEGABYTE = 1_000_000
 
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason="the example data is part of the repository only")
