@@ -57,6 +57,7 @@ def fused_losses(
 ) -> tuple[Tensor, Tensor]:
     """The losses [N] of `rows` of hidden [M, C] under logits shaping(W h + b), and how many are right.
 
+    rows: each at most once.
     weight [V, C] and bias [V] may be trained; then all losses must be given the same weight (as their sum does), since
     only the sum of their gradients is kept.
     """

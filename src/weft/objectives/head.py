@@ -20,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from weft.attach import using
 from weft.core.plain import is_plain
 from weft.core.route import Rows, names
+from weft.errors import WeftError
 from weft.kinds.seat import Woven, WovenForward, base_class
 from weft.objectives.fused import Shaping, fused_losses, losses_of
 
-__all__ = ["Head", "chunk_tokens", "find_head", "hidden_states", "token_losses", "trained_tokens"]
+__all__ = ["Head", "chunk_tokens", "find_head", "head_in_chunks", "hidden_states", "token_losses", "trained_tokens"]
 
 _CHUNK_BYTES = 32 * 2**20
 _LEAST_TOKENS = 64  # fewer rows make the head's product slower than its size
@@ -84,6 +85,21 @@ def find_head(model: nn.Module) -> Head | str:
     if known is None or (isinstance(known, Head) and known.module is not _output_embeddings(model)):
         known = _found[model] = _find(model)
     return known
+
+
+def head_in_chunks(model: Any, chunk: int | None) -> tuple[Head | None, int, str | None]:
+    """The head and how many tokens it takes at once; None, and what to say, where all logits are held.
+
+    chunk: as in a recipe. Raises WeftError where a number is asked for and the model cannot.
+    """
+    if chunk == 0:
+        return None, 0, None
+    head = find_head(model)
+    if not isinstance(head, str):
+        return head, chunk or chunk_tokens(head), None
+    if chunk is not None:
+        raise WeftError(f"train.loss_chunk: {head}: set it to 0, which holds all logits at once")
+    return None, 0, f"the loss holds all logits at once: {head}"
 
 
 def chunk_tokens(head: Head) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from weft.data.rows import IGNORED
-from weft.errors import WeftError
 from weft.objectives.objective import LossSum, Objective
 
 if TYPE_CHECKING:
@@ -31,16 +30,11 @@ class NextToken(Objective):
     @classmethod
     def chunked(cls, model: Any, chunk: int | None) -> tuple[Callable[[Any, Batch], LossSum], str | None]:
         """The same loss with the head on trained tokens only, the logits of `chunk` of them at a time."""
-        from weft.objectives.head import chunk_tokens, find_head, hidden_states, token_losses, trained_tokens
+        from weft.objectives.head import head_in_chunks, hidden_states, token_losses, trained_tokens
 
-        if chunk == 0:
-            return cls.loss, None
-        head = find_head(model)
-        if isinstance(head, str):
-            if chunk is not None:
-                raise WeftError(f"train.loss_chunk: {head}: set it to 0, which holds all logits at once")
-            return cls.loss, f"the loss holds all logits at once: {head}"
-        size = chunk or chunk_tokens(head)
+        head, size, said = head_in_chunks(model, chunk)
+        if head is None:
+            return cls.loss, said
 
         def loss(call: Any, batch: Batch) -> LossSum:
             if head.way == "whole":

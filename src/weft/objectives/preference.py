@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weft.attach import records, using
-from weft.errors import WeftError
 from weft.objectives.objective import LossSum, Objective
 from weft.recipe.schema import Preference as Options
 
@@ -49,16 +48,11 @@ class Preference(Objective):
         """The same loss with the head on answers only, the logits of `chunk` tokens of them at a time."""
         import torch
 
-        from weft.objectives.head import chunk_tokens, find_head, hidden_states, token_losses
+        from weft.objectives.head import head_in_chunks, hidden_states, token_losses
 
-        if chunk == 0:
-            return cls.loss, None
-        head = find_head(model)
-        if isinstance(head, str):
-            if chunk is not None:
-                raise WeftError(f"train.loss_chunk: {head}: set it to 0, which holds all logits at once")
-            return cls.loss, f"the loss holds all logits at once: {head}"
-        size = chunk or chunk_tokens(head)
+        head, size, said = head_in_chunks(model, chunk)
+        if head is None:
+            return cls.loss, said
 
         def on_answers(call: Any, batch: Batch) -> torch.Tensor:
             if head.way == "whole":
