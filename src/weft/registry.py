@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from weft.core.method import Method, hints, registered
+from weft.core.router import Expert, Router, experts
 from weft.errors import nearest
 
 __all__ = ["as_declared", "method_class", "method_from_spec", "methods"]
@@ -18,7 +19,8 @@ __all__ = ["as_declared", "method_class", "method_from_spec", "methods"]
 
 @cache
 def _load() -> None:
-    import_module("weft.methods")  # importing the room registers every built-in method
+    import_module("weft.methods")  # importing the rooms registers every built-in method
+    import_module("weft.routers")
     for entry in entry_points(group="weft.methods"):
         entry.load()
 
@@ -55,4 +57,23 @@ def as_declared(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
     def wants_tuple(key: str) -> bool:
         return any(typing.get_origin(h) is tuple for h in (declared[key], *typing.get_args(declared[key])))
 
-    return {key: tuple(v) if isinstance(v, list) and wants_tuple(key) else v for key, v in options.items()}
+    found: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) and wants_tuple(key) else v for key, v in options.items()
+    }
+    if issubclass(cls, Router) and isinstance(found.get("experts"), Mapping):
+        found["experts"] = _experts(found["experts"])
+    return found
+
+
+def _experts(spec: Mapping[str, Any]) -> tuple[Expert, ...]:
+    """{name: specification}, or the specification of a method and a `count`."""
+    if isinstance(spec.get("name"), str):
+        options = dict(spec)
+        count = options.pop("count", None)
+        if type(count) is not int or count < 1:
+            raise ValueError(f"experts: {spec['name']} needs a count, how many of them to make, and has {count!r}")
+        return experts(method_from_spec(options), count)
+    for name, each in spec.items():
+        if not isinstance(each, Mapping) or "name" not in each:
+            raise ValueError(f"experts: {name} should say a method by name and its options, and is {each!r}")
+    return tuple(Expert(name, method_from_spec(each)) for name, each in spec.items())

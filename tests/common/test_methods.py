@@ -94,7 +94,10 @@ def test_every_method_has_a_reference():
     missing = [
         n
         for n, c in weft.methods().items()
-        if c.kinds & KINDS and c.__module__.startswith("weft.") and n not in COVERED
+        if c.kinds & KINDS
+        and c.__module__.startswith("weft.")
+        and n not in COVERED
+        and c.surveys is not True  # these need models that tell what they make of a text
     ]
     assert not missing, f"write tests/common/references/<method>.py for {missing}"
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
+from tests.common import language
 from weft.attach import records
 from weft.targets import TargetError
 
@@ -46,7 +47,13 @@ def test_shira_masks() -> None:
 
     gradient = torch.autograd.grad(Loss(layer)(x, y), layer.weight)[0].abs()
     assert torch.equal(chosen(weft.SHiRA(rank=2, mask="magnitude"), layer), best(weight.abs(), 44))
-    for mask, score in (("gradient", gradient), ("snip", gradient * weight.abs())):
+
+    def loss(w: Tensor) -> Tensor:
+        return (nn.functional.linear(x, w, layer.bias) - y).square().mean()
+
+    product = torch.autograd.functional.hvp(loss, weight, torch.autograd.functional.jacobian(loss, weight))[1]
+    scores = {"gradient": gradient, "snip": gradient * weight.abs(), "grasp": weight * product}
+    for mask, score in scores.items():
         model = Loss(nn.Linear(12, 10))
         model.inner.load_state_dict(start)
         weft.attach(model, weft.SHiRA(rank=2, mask=mask), targets=["inner"], calibration=[(x, y)])
@@ -59,6 +66,18 @@ def test_shira_masks() -> None:
     assert struct.all(1).nonzero().flatten().tolist() == [0, 5]  # evenly spaced
     one, two = (chosen(weft.SHiRA(rank=2), nn.Linear(12, 10)) for _ in range(2))
     assert torch.equal(one, two)  # seeded by the address
+
+
+def test_shira_looks_at_the_curvature_of_a_language_model() -> None:
+    torch.manual_seed(0)
+    model, rows = language.llama(), language.ids()  # its attention runs in plain steps for that
+    before = model(input_ids=rows).logits.detach()
+    plan = weft.attach(
+        model, weft.SHiRA(rank=1, mask="grasp"), ["q_proj"], calibration=[{"input_ids": rows, "labels": rows}]
+    )
+    assert len(plan.sites) == 3
+    assert torch.equal(model(input_ids=rows).logits, before)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "adapters" not in n)
 
 
 def test_shira_by_gradient_needs_data() -> None:
@@ -125,14 +144,15 @@ def test_tensor_train_shares_cores_between_sites_of_one_shape() -> None:
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in weft.parameters(model))
 
 
-def test_mixture_uses_top_k_updates_per_token() -> None:
+def test_top_k_uses_k_experts_per_token() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
-    weft.attach(model, weft.Mixture(num_experts=4, rank=1, top_k=2, alpha=1.0), targets=["0"])
+    weft.attach(model, weft.TopK(experts=weft.experts(weft.LoRA(rank=1, alpha=1.0), 4), k=2), targets=["0"])
     t = tensors(model)
     with torch.no_grad():
         t["G"].normal_()
-        t["B"].copy_(torch.eye(5, 4))  # update e writes channel e only
-        t["A"].fill_(1.0)
+        for k in range(4):
+            t[f"{k}:B"].copy_(torch.eye(5)[:, k : k + 1])  # expert k writes channel k only
+            t[f"{k}:A"].fill_(1.0)
     x = torch.rand(50, 6) + 0.1
     weft.use(model, None)
     base = model(x)
@@ -142,8 +162,8 @@ def test_mixture_uses_top_k_updates_per_token() -> None:
     assert used[:, :4].any(0).sum() > 2  # not the same two for every token
     best_two = (x @ t["G"].mT).topk(2).indices.sort().values
     assert torch.equal(used.nonzero()[:, 1].view(50, 2), best_two)
-    with pytest.raises(TargetError, match="top_k=5 is more than num_experts=4"):
-        weft.resolve(model, weft.Mixture(top_k=5), ["0"])
+    with pytest.raises(TargetError, match="k=5 is more than its 2 experts"):
+        weft.resolve(model, weft.TopK(experts=weft.experts(weft.LoRA(), 2), k=5), ["0"])
 
 
 RECIPES = {

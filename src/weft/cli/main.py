@@ -20,8 +20,8 @@ from weft.errors import WeftError
 __all__ = ["COMMANDS", "app", "main"]
 
 COMMANDS = (
-    "init", "plan", "tune", "compare", "eval", "generate", "chat", "check", "merge", "combine", "compress", "extract",
-    "convert", "methods", "doctor",
+    "init", "plan", "tune", "compare", "eval", "generate", "chat", "check", "merge", "combine", "join", "choices",
+    "compress", "extract", "convert", "methods", "doctor",
 )  # fmt: skip
 """In the order in which a newcomer meets them; the module of the same name holds the command `app`."""
 

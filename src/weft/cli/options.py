@@ -12,7 +12,7 @@ import typer
 from weft.errors import WeftError
 from weft.recipe import all_keys, expected
 
-__all__ = ["JSON", "default", "example", "key_option", "log", "print_json", "share", "table"]
+__all__ = ["JSON", "default", "example", "key_option", "log", "print_json", "settings", "share", "table"]
 
 JSON = typer.Option("--json", help="Print JSON.")
 
@@ -49,6 +49,20 @@ def share(option: str, text: str | None) -> float | None:
         found = -1.0
     if not 0 <= found < 1:
         raise WeftError(f"{option} {text}: expected a share from 0 up to 1, as in 0.5% or 0.005")
+    return found
+
+
+def settings(given: list[str]) -> dict[str, Any]:
+    """KEY=VALUE options as they are written on the command line, values read as YAML; WeftError for what is none."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in given:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise WeftError(f"--set {text}: expected KEY=VALUE, as in density=0.5")
+        parsed = yaml.safe_load(value)
+        found[key] = tuple(parsed) if isinstance(parsed, list) else parsed
     return found
 
 

@@ -11,6 +11,7 @@ from weft.core.method import (
     option,
 )
 from weft.core.op import Op
+from weft.core.parts import Layers, Split
 from weft.core.route import Blend, Rows, Stack
 from weft.core.site import Site
 
@@ -20,6 +21,7 @@ __all__ = [
     "Affine",
     "Blend",
     "Frozen",
+    "Layers",
     "Method",
     "NotLinear",
     "Op",
@@ -27,6 +29,7 @@ __all__ = [
     "Progress",
     "Rows",
     "Site",
+    "Split",
     "Stack",
     "StartOp",
     "Tensors",

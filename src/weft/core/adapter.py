@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,7 @@ class Adapter(nn.Module):
     plain: bool
     age: int
     held: Held | None
-    _kept: tuple[Any, Mapping[str, Tensor]] | None
+    _kept: tuple[Watched, Mapping[str, Tensor]] | None
 
     def __init__(
         self, method: Method, site: Site, tensors: Mapping[str, Tensor | Frozen], shared: Shared | None = None
@@ -63,27 +63,21 @@ class Adapter(nn.Module):
         if not keep or (self.method.random and isinstance(op, DataOp) and op.source.training()):
             return self._compute(op)  # what is drawn is drawn for one call
         kept = self._kept
-        if kept is not None:
-            for place, name, tensor, version, pointer in kept[0]:
-                if place[name] is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
-                    break
-            else:
-                return kept[1]
-        return self._keep(op)
+        return kept[1] if kept is not None and kept[0].unchanged() else self._keep(op)
 
     def _keep(self, op: Op) -> Mapping[str, Tensor]:
         """Compute the coefficients and remember what they were made of: which tensor, its version, its memory."""
         computed = self._compute(op)
-        holders: list[Mapping[str, Tensor | None]] = [self._parameters, self._buffers]
-        if self.shared is not None:
-            holders += [self.shared._parameters, self.shared._buffers]
         assert isinstance(op, DataOp), "coefficients are kept for data only"
-        watched = [(place, name, t) for place in holders for name, t in place.items() if t is not None]
-        watched += plain_parameters(op)
-        if not any(t.is_inference() for _, _, t in watched):  # these count no versions
-            seen = [(place, name, t, t._version, t.data_ptr()) for place, name, t in watched]
-            self.__dict__["_kept"] = seen, computed
+        watched = Watched([self], op)
+        if watched.countable:
+            self.__dict__["_kept"] = watched, computed
         return computed
+
+    def holders(self) -> list[Mapping[str, Tensor | None]]:
+        """What holds the tensors that the method sees here."""
+        own: list[Mapping[str, Tensor | None]] = [self._parameters, self._buffers]
+        return own if self.shared is None else [*own, self.shared._parameters, self.shared._buffers]
 
     def forget(self) -> None:
         """Drop coefficients kept for inference, here and in stacks of several adapters."""
@@ -128,10 +122,26 @@ class Adapter(nn.Module):
         return str(self.method)
 
 
-def plain_parameters(op: DataOp) -> list[tuple[Mapping[str, Tensor | None], str, Tensor]]:
-    """The module's own parameters, with what holds them: coefficients may be made of them (DoRA reads the weight)."""
-    place = op.source.held_in()
-    return [(place, n, t) for n, t in place.items() if t is not None and is_plain(t.data)]
+class Watched:
+    """Tensors that something was made of: which ones, their versions, their memory.
+
+    adapters, op: those whose tensors they are; of the module's own the ordinary ones (DoRA reads the weight).
+    countable: False where some are of torch's inference mode, which count no versions.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], op: DataOp):
+        base = op.source.held_in()
+        held = [(h, name, t) for a in adapters for h in a.holders() for name, t in h.items() if t is not None]
+        held += [(base, name, t) for name, t in base.items() if t is not None and is_plain(t.data)]
+        self.countable = not any(t.is_inference() for _, _, t in held)
+        self._seen = [(h, name, t, t._version, t.data_ptr()) for h, name, t in held] if self.countable else []
+
+    def unchanged(self) -> bool:
+        """Whether all of them are what they were."""
+        for holder, name, tensor, version, pointer in self._seen:
+            if holder[name] is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        return True
 
 
 def run(method: Method, c: Mapping[str, Tensor], x: Any, op: Op) -> Any:

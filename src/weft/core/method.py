@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -58,6 +58,9 @@ class Method:
     conditions: names of what its body reads of every row of a batch (`op.given`).
     alone: True when its body can be read for one adapter at a time only (side networks): it is never stacked.
     aside: names of trained tensors that only losses of its own read (`op.penalise`): they move no output.
+    surveys: True when the base runs first, without any adapter, and its last hidden states are there at every site
+        (`op.hidden`).
+    looks_for: the option with the tokens that its body looks for in a text (`op.invoked`), if it has one.
     """
 
     name: ClassVar[str]
@@ -72,6 +75,8 @@ class Method:
     conditions: ClassVar[tuple[str, ...]] = ()
     alone: ClassVar[bool] = False
     aside: ClassVar[tuple[str, ...]] = ()
+    surveys: ClassVar[bool] = False
+    looks_for: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -89,12 +94,20 @@ class Method:
         return True
 
     def needs(self) -> frozenset[str]:
-        """Statistics of calibration data that `init` asks its op for: "covariance", "gradient"."""
+        """Statistics of calibration data that `init` asks its op for: "covariance", "gradient", "curvature"."""
         return frozenset()
+
+    def deal(self, sites: Sequence[Site], ops: Sequence[StartOp]) -> Sequence[Self | None]:
+        """What each site gets once calibration data has been read: options that sites compete for; None: nothing."""
+        return [self] * len(sites)
 
     def shared(self, sites: Sequence[Site]) -> Mapping[str, Tensor | Frozen]:
         """Tensors that all sites of one adapter use together; each site sees them beside its own."""
         return {}
+
+    def shared_start(self, sites: Sequence[Site], ops: Sequence[StartOp]) -> Mapping[str, Tensor | Frozen]:
+        """What `shared` is at the start, of the same names and shapes, for a method that makes it of the weights."""
+        return self.shared(sites)
 
     def init(self, site: Site, op: StartOp) -> Mapping[str, Tensor | Frozen]:
         """Fresh tensors for one site; the adapted map must equal the frozen one."""
@@ -118,9 +131,22 @@ class Method:
         All sites of the adapter come together, in the model's order, so that they can compete for a budget.
         """
 
-    def stacks(self) -> int:
-        """How many low-rank updates stand one after another in its `pairs`, along their rank (mixtures)."""
-        return 1
+    def selects_tokens(self) -> bool:
+        """Whether its body asks which tokens of a text it may change (`op.invoked`)."""
+        return bool(self.looks_for) and bool(getattr(self, self.looks_for))
+
+    @property
+    def reads_batch(self) -> bool:
+        """Whether its body reads more of a batch than the input of its site."""
+        return bool(self.conditions) or self.alone or self.selects_tokens()
+
+    def shares(self) -> bool:
+        """Whether there is anything that sites share."""
+        return type(self).shared is not Method.shared
+
+    def evolves(self) -> bool:
+        """Whether `evolve` does anything."""
+        return type(self).evolve is not Method.evolve
 
     def spec(self) -> dict[str, Any]:
         """Name and hyper-parameters, as they are written to disk."""

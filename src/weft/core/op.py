@@ -84,14 +84,27 @@ class Op(ABC):
         """Where the tokens of x [B, T, C] stand in the prompts of their rows."""
         raise TypeError(f"{self.site.address} is of kind {self.site.kind}: only tokens at a block have positions")
 
+    def num_seen(self) -> int:
+        """How many tokens of their rows came before those of this call: a generation goes on behind its cache."""
+        return 0
+
     def hidden(self) -> list[Tensor]:
-        """What the layers before this place gave, [B, T, C] each, without a graph: the embeddings come first."""
+        """What the layers before this place gave, [B, T, C] each, without a graph: the embeddings come first.
+
+        That is at the end of a backbone. Elsewhere it is what the last layer gave in a pass of the base alone, before
+        this one, for methods that survey.
+        """
         raise TypeError(f"{self.site.address} is of kind {self.site.kind}: only the end of a backbone knows its layers")
 
     def self_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(D)) v, [B, T, H, D], of a side network's heads [B, H, T, D]: each token sees what the
         model lets it see, earlier ones of a generation too."""
         raise TypeError(f"{self.site.address} is of kind {self.site.kind}: only the end of a backbone has a mask")
+
+    def invoked(self, x: Any, tokens: tuple[int, ...]) -> Tensor:
+        """Which tokens of x stand in the last `tokens` of their text or behind them: [..., 1], and none in a text that
+        has no such tokens."""
+        raise TypeError(f"{self.site.address} is of kind {self.site.kind}: nothing says which text it reads")
 
     def given(self, x: Any, name: str, count: int) -> Tensor:
         """What is given under a name for the rows of x (its task, say), 0 to count - 1; one dimension less than x."""
@@ -156,8 +169,17 @@ class Source(Protocol):
     def given(self, name: str, count: int) -> Tensor:
         """What is given for the rows of the batch: [], [B], or [1, N] for the tokens of packed rows."""
 
+    def invoked(self, x: Tensor, tokens: tuple[int, ...]) -> Tensor:
+        """Which tokens of x stand in the last `tokens` of their text or behind them, one channel each."""
+
+    def hidden(self) -> list[Tensor]:
+        """What the last layer gave in a pass of the base alone, for the whole batch."""
+
     def positions(self, x: Tensor) -> Positions:
         """Where the tokens of x [B, T, C], the whole batch, stand in the prompts of their rows."""
+
+    def num_seen(self) -> int:
+        """How many tokens of their rows came before those of this call."""
 
 
 class DataOp(Op):
@@ -228,8 +250,17 @@ class DataOp(Op):
         # channels that come last are the one dimension that rows and tokens do not fill
         return spread(self.source.given(name, count), x, x.ndim - 1 if self.channel == -1 else 1, name)
 
+    def hidden(self) -> list[Tensor]:
+        return self.source.hidden()
+
     def positions(self, x: Tensor) -> Positions:
         return self.source.positions(x)
+
+    def num_seen(self) -> int:
+        return self.source.num_seen()
+
+    def invoked(self, x: Tensor, tokens: tuple[int, ...]) -> Tensor:
+        return self.source.invoked(x, tokens)
 
     def penalise(self, y: Tensor, loss: Tensor) -> Tensor:
         return penalised(y, loss) if self.source.training() else y

@@ -18,9 +18,10 @@ __all__ = ["Heap", "Pile", "Piles", "likeness"]
 def likeness(adapter: Adapter) -> Hashable:
     """Adapters with equal values here run as one call: the same method with tensors of the same shapes.
 
-    A body that picks tensors by what is given for a row, or that reads whole layers, cannot be given stacked tensors.
+    A body that picks tensors by what is given for a row, or that reads whole layers or texts, cannot be given stacked
+    tensors.
     """
-    if adapter.method.conditions or adapter.method.alone:
+    if adapter.method.reads_batch:
         return id(adapter)
     return adapter.method, tuple((k, t.shape, t.dtype) for k, t in adapter.tensors().items())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,15 @@ class Positions:
     """For every token, how many tokens of its row's prompt stand before it, and how many after it, [B or 1, T].
 
     Negative: so far outside of the prompt (padding and virtual tokens in front of it, an answer behind it).
+    real: which tokens are no padding, [B or 1, T]; None: all. causal: whether the model's tokens see earlier ones only.
+    packed: whether a row holds several texts.
     """
 
     before: Tensor
     after: Tensor
+    real: Tensor | None = None
+    causal: bool = False
+    packed: bool = False
 
     @classmethod
     def of_whole_rows(cls, x: Tensor) -> Positions:
@@ -40,9 +45,13 @@ class Positions:
 
     def rows(self, where: Tensor) -> Positions:
         """Those of some rows of the batch."""
-        if self.before.shape[0] == 1:
-            return self
-        return Positions(self.before.index_select(0, where), self.after.index_select(0, where))
+
+        def of(t: Tensor) -> Tensor:
+            return t if t.shape[0] == 1 else t.index_select(0, where)
+
+        return replace(
+            self, before=of(self.before), after=of(self.after), real=None if self.real is None else of(self.real)
+        )
 
     def _length(self) -> Tensor:
         return self.before + self.after + 1

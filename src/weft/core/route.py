@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.core.adapter import Adapted, Adapter, plain_parameters, run
-from weft.core.affine import WeightOp
+from weft.core.adapter import Adapted, Adapter, Watched, run
+from weft.core.affine import NotLinear, WeightOp
+from weft.core.choices import unrecorded
 from weft.core.fused import value
 from weft.core.gather import Gather, reading
 from weft.core.method import Method
 from weft.core.op import DataOp, Op
+from weft.core.parts import Layers, Split
 from weft.core.pile import Pile, likeness
 from weft.core.positions import Positions
-from weft.core.view import Once, OpView
+from weft.core.view import Once, OpView, Spy
 
 Adapters = Mapping[str, Adapter]
 
@@ -69,12 +71,12 @@ class Rows:
         return tuple(i for i in self.ids for _ in range(each))
 
 
-Route = None | str | Stack | Blend | Rows
+Route = None | str | Stack | Blend | Rows | Layers | Split
 
 
 def as_route(value: Any) -> Route:
     """None, a name, {name: weight}, a list with one route per row, or a route; TypeError for anything else."""
-    if value is None or isinstance(value, str | Stack | Blend | Rows):
+    if value is None or isinstance(value, str | Stack | Blend | Rows | Layers | Split):
         return value
     if isinstance(value, Mapping):
         if not value:
@@ -90,21 +92,30 @@ def as_route(value: Any) -> Route:
         return Rows(routes, tuple(routes.index(r) for r in rows))
     raise TypeError(
         f"{value!r} is not a route: give a name, None for the base, {{name: weight}}, weft.Stack(...), "
-        "or a list with one of these per row"
+        "weft.Layers(...), weft.Split(...), or a list with one of these per row"
     )
+
+
+def parts(route: Route) -> tuple[Any, ...]:
+    """The routes that a route is made of."""
+    match route:
+        case Stack(routes=inner) | Rows(routes=inner):
+            return inner
+        case Layers() | Split():
+            return route.routes
+        case Blend(weights=weights):
+            return tuple(r for r, _ in weights)
+    return ()
 
 
 def names(route: Route) -> set[str]:
     """Every adapter a route mentions."""
-    match route:
-        case None:
-            return set()
-        case str():
-            return {route}
-        case Stack(routes=parts) | Rows(routes=parts):
-            return set().union(*(names(r) for r in parts))
-        case Blend(weights=weights):
-            return set().union(*(names(r) for r, _ in weights))
+    return {route} if isinstance(route, str) else set().union(*map(names, parts(route)))
+
+
+def reads_places(route: Route) -> bool:
+    """Whether a route goes by where tokens stand in their rows."""
+    return isinstance(route, Split) or any(map(reads_places, parts(route)))
 
 
 def apply(route: Route, x: Any, op: Op, adapters: Adapters, expand: int = 1) -> Any:
@@ -114,6 +125,15 @@ def apply(route: Route, x: Any, op: Op, adapters: Adapters, expand: int = 1) -> 
     if isinstance(route, str):
         adapter = adapters.get(route)
         return op(x) if adapter is None else adapter.run(x, op, keep=isinstance(op, DataOp))
+    if isinstance(route, Layers):
+        return apply(route.at(op.site), x, op, adapters, expand)
+    if isinstance(route, Split):
+        if not isinstance(op, DataOp | OpView) or not isinstance(x, Tensor):
+            raise NotLinear("has one adapter per span of tokens, and a weight is the same for all tokens")
+        if not names(route) & adapters.keys():
+            return op(x)
+        pieces = [apply(r, part, op, adapters, expand) for r, part in route.cut(x, op)]
+        return torch.cat(pieces, 1)
     if isinstance(route, Stack):
         return nest(route, op, adapters)(x)
     if isinstance(route, Blend):
@@ -134,6 +154,8 @@ def nest(route: Route, op: Op, adapters: Adapters) -> Op:
         for part in route.routes:
             op = nest(part, op, adapters)
         return op
+    if isinstance(route, Layers):
+        return nest(route.at(op.site), op, adapters)
     if route is None:
         return op
     raise TypeError(f"weft.Stack nests names and other stacks, not {route!r}")
@@ -161,7 +183,7 @@ def _apply_rows(rows: Rows, x: Tensor, op: Op, adapters: Adapters, expand: int) 
         if common is not None and group.direct:
             frozen = Portion(op, part, n, common, group.where)
         here = {adapters[a].method for r in group.routes for a in names(rows.routes[r]) & adapters.keys()}
-        if any(method.conditions or method.alone for method in here):
+        if any(method.reads_batch for method in here):
             frozen = Chosen(frozen, x, group.where)
         pieces.append(_run_group(rows, group, part, op, frozen, adapters))
     return plan.join(pieces)
@@ -235,6 +257,8 @@ def _is_direct(route: Route, x: Tensor, op: DataOp, adapters: Adapters) -> bool:
     """Whether a route reads the frozen map of its input as it is: looked at once for every method and kind of site."""
     if isinstance(route, Stack):
         return all(_is_direct(r, x, op, adapters) for r in route.routes)
+    if isinstance(route, Split):
+        return False
     if not isinstance(route, str) or route not in adapters:
         return True
     adapter = adapters[route]
@@ -243,7 +267,8 @@ def _is_direct(route: Route, x: Tensor, op: DataOp, adapters: Adapters) -> bool:
         if torch.compiler.is_compiling():  # a look would become part of the graph
             return False
         spy = Spy(op, x)
-        run(adapter.method, adapter.coefficients(op), x, spy)
+        with unrecorded():
+            run(adapter.method, adapter.coefficients(op), x, spy)
         _direct[key] = spy.asked
     return _direct[key]
 
@@ -284,36 +309,6 @@ class Common:
         return self.found[number]
 
 
-class Spy(OpView):
-    """A map that is only looked at, to see whether its input as it is was wanted; nothing random is drawn."""
-
-    def __init__(self, inner: DataOp, x: Tensor):
-        super().__init__(inner)
-        self.x, self.asked = x, False
-
-    def drop(self, x: Tensor, p: float) -> Tensor:
-        return x.clone()
-
-    def positions(self, x: Any) -> Positions:
-        return Positions.of_whole_rows(x)
-
-    def hidden(self) -> list[Tensor]:
-        return [state[: len(self.x)] for state in self.inner.hidden()]
-
-    def self_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return torch.zeros_like(value).transpose(1, 2)
-
-    def given(self, x: Any, name: str, count: int) -> Tensor:
-        return torch.zeros([1] * (x.ndim - 1), dtype=torch.long, device=x.device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.asked = self.asked or x is self.x
-        if type(self.inner) is DataOp:  # a block is not called for a part of a batch: its mask has all rows
-            return x.new_zeros(*x.shape[:-1], self.site.out_features)
-        y: Tensor = self.inner(x)
-        return y
-
-
 class Portion(OpView):
     """A map on a part of a batch, which takes its share of what is computed for several parts at once.
 
@@ -347,6 +342,9 @@ class Chosen(OpView):
     def given(self, x: Any, name: str, count: int) -> Tensor:
         values: Tensor = self.inner.given(self.whole, name, count)
         return values if values.shape[0] == 1 else values.index_select(0, self.where)
+
+    def invoked(self, x: Any, tokens: tuple[int, ...]) -> Tensor:
+        return self.inner.invoked(self.whole, tokens).index_select(0, self.where)
 
     def hidden(self) -> list[Tensor]:
         return [state.index_select(0, self.where) for state in self.inner.hidden()]
@@ -383,14 +381,19 @@ def _stacked(rows: Rows, members: list[Adapter], op: DataOp) -> Mapping[str, Ten
     pile: Pile | None = members[0].__dict__.get("pile")
     if pile is not None and torch.is_grad_enabled():
         return pile.coefficients(members, op)
-    made_of = [t for a in members for t in a.tensors().values()] + [t for _, _, t in plain_parameters(op)]
-    # tensors of torch's inference mode count no versions
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(t.is_inference() for t in made_of):
-        each = [a.coefficients(op) for a in members]
-        return {k: torch.stack([c[k] for c in each]) for k in each[0]}
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _stack([a.coefficients(op) for a in members])
     key = ("stack", *map(id, members))
-    versions = [*(a.age for a in members), *((t.data_ptr(), t._version) for t in made_of)]
-    if key not in rows._cache or rows._cache[key][0] != versions:
-        each = [a.coefficients(op, keep=True) for a in members]
-        rows._cache[key] = versions, {k: torch.stack([c[k] for c in each]) for k in each[0]}
-    return rows._cache[key][1]
+    kept = rows._cache.get(key)
+    ages = [a.age for a in members]
+    if kept is not None and kept[0] == ages and kept[1].unchanged():
+        return kept[2]
+    watched = Watched(members, op)
+    stacked = _stack([a.coefficients(op, keep=True) for a in members])
+    if watched.countable:
+        rows._cache[key] = ages, watched, stacked
+    return stacked
+
+
+def _stack(each: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    return {k: torch.stack([c[k] for c in each]) for k in each[0]}

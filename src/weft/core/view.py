@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from weft.core.op import Op
+from weft.core.op import DataOp, Op
 from weft.core.positions import Positions
 
 
@@ -58,6 +59,9 @@ class OpView(Op):
     def penalise(self, y: Any, loss: Tensor) -> Any:
         return self.inner.penalise(y, loss)
 
+    def num_seen(self) -> int:
+        return self.inner.num_seen()
+
     def hidden(self) -> list[Tensor]:
         return self.inner.hidden()
 
@@ -69,6 +73,9 @@ class OpView(Op):
 
     def positions(self, x: Any) -> Positions:
         return self.inner.positions(x)
+
+    def invoked(self, x: Any, tokens: tuple[int, ...]) -> Tensor:
+        return self.inner.invoked(x, tokens)
 
     def prepend(self, y: Any, *rows: Tensor) -> Any:
         return self.inner.prepend(y, *rows)
@@ -95,3 +102,36 @@ class Once(OpView):
         if getattr(self, "_x", None) is not x:
             self._x, self._y = x, self.inner(x)
         return self._y
+
+
+class Spy(OpView):
+    """A map that is only looked at, to see whether its input as it is was wanted; nothing random is drawn."""
+
+    def __init__(self, inner: DataOp, x: Tensor):
+        super().__init__(inner)
+        self.x, self.asked = x, False
+
+    def drop(self, x: Tensor, p: float) -> Tensor:
+        return x.clone()
+
+    def positions(self, x: Any) -> Positions:
+        return Positions.of_whole_rows(x)
+
+    def hidden(self) -> list[Tensor]:
+        return [state[: len(self.x)] for state in self.inner.hidden()]
+
+    def self_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.zeros_like(value).transpose(1, 2)
+
+    def invoked(self, x: Any, tokens: tuple[int, ...]) -> Tensor:
+        return torch.ones(1, dtype=torch.bool, device=x.device)
+
+    def given(self, x: Any, name: str, count: int) -> Tensor:
+        return torch.zeros([1] * (x.ndim - 1), dtype=torch.long, device=x.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.asked = self.asked or x is self.x
+        if type(self.inner) is DataOp:  # a block is not called for a part of a batch: its mask has all rows
+            return x.new_zeros(*x.shape[:-1], self.site.out_features)
+        y: Tensor = self.inner(x)
+        return y

@@ -107,6 +107,15 @@ class _Frame:
     def given(self, name: str, count: int) -> Tensor:
         return self.seat.given(name, count)
 
+    def num_seen(self) -> int:
+        return self.seat.num_seen()
+
+    def invoked(self, x: Tensor, tokens: tuple[int, ...]) -> Tensor:
+        return self.seat.invoked(x, tokens)
+
+    def hidden(self) -> list[Tensor]:
+        return self.seat.hidden()
+
     def positions(self, x: Tensor) -> Positions:
         call = self.seat.weave.call
         return Positions.of_whole_rows(x) if call is None else call.positions(x, self.seat.site.address)

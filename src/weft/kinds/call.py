@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ __all__ = ["Call", "Prompts"]
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The prompts of a generation that runs: how many columns they take, and which of these are real, where known."""
+    """The prompts of a generation that runs: how many columns they take, which of these are real, and what they are,
+    where known."""
 
     width: int
     mask: Tensor | None
+    ids: Tensor | None = None
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompts | None:
@@ -29,7 +31,10 @@ class Prompts:
         first = next((x for x in known if isinstance(x, Tensor)), None)
         mask = kwargs.get("attention_mask")
         plain = isinstance(mask, Tensor) and mask.ndim == 2
-        return None if first is None else cls(first.shape[1], mask.bool() if plain else None)  # type: ignore[union-attr]
+        if first is None:
+            return None
+        ids = None if first.is_floating_point() else first
+        return cls(first.shape[1], mask.bool() if plain else None, ids)  # type: ignore[union-attr]
 
     def ends(self, rows: int, device: torch.device) -> Tensor:
         """The column behind the last token of every prompt, [B, 1]."""
@@ -51,7 +56,8 @@ class Call:
     - before the first token that the loss counts, where labels say so (the model's own, or those of `labelled`);
     - otherwise with the row. Tokens behind a cache belong to no prompt then.
 
-    shape: rows and tokens of its input, where it reads tokens. seen: how many a cache held before it.
+    shape: rows and tokens of its input, where it reads tokens. seen: how many a cache held before it. causal: whether
+    its tokens see earlier ones only.
     """
 
     shape: tuple[int, int] | None
@@ -61,6 +67,7 @@ class Call:
     seen: int
     prompts: Prompts | None
     has_decoder: bool
+    causal: bool
     found: dict[tuple[int, int], Positions] = field(default_factory=dict)
 
     @classmethod
@@ -76,6 +83,7 @@ class Call:
             seen=int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0,
             prompts=model.weave.prompts,
             has_decoder=bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)),
+            causal=model.weave.causal,
         )
 
     def positions(self, x: Tensor, address: str) -> Positions:
@@ -91,7 +99,7 @@ class Call:
 
     def _positions(self, x: Tensor, address: str) -> Positions:
         if self.shape is None:
-            return Positions.of_whole_rows(x)
+            return replace(Positions.of_whole_rows(x), causal=self.causal)
         rows, size = self.shape
         ahead = x.shape[1] - size  # virtual tokens, which come before the prompt
         if ahead < 0 or rows != x.shape[0]:
@@ -104,7 +112,8 @@ class Call:
         start, end = self._bounds(mask, rows, size, seen, x.device)  # [B, T]
         start, end = (torch.cat([bound[:, :1].expand(-1, ahead), bound], 1) for bound in (start, end))
         column = torch.arange(seen - ahead, seen + size, device=x.device)
-        return Positions(column - start, end - 1 - column)
+        real = None if mask is None else torch.nn.functional.pad(mask[:, seen:], (ahead, 0), value=True).to(x.device)
+        return Positions(column - start, end - 1 - column, real, self.causal, is_table(self.mask))
 
     def _mask(self, rows: int, size: int, address: str) -> Tensor | None:
         """Which tokens are real, [B, seen + T], where that is said; None for all."""

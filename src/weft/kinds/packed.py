@@ -27,7 +27,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(words: Tensor, bits: int, size: int) -> Tensor:
     """The inverse of `pack_bits`: int32 codes [size, m]."""
-    at = torch.arange(size, device=words.device) * bits
+    at = torch.arange(size, device=words.device, dtype=torch.int32) * bits  # a shift by int64 would make codes of it
     shift, mask = at % 32, (1 << bits) - 1
     codes = words.index_select(0, at // 32) >> shift[:, None]  # arithmetic: the sign fills the top
     crosses = (shift + bits > 32).nonzero().flatten()
@@ -124,7 +124,9 @@ class GPTQLinear(PackedLinear):
         zeros = unpack_bits(self.qzeros.T.contiguous(), self.bits, self.out_features).T  # [G, O]
         zeros = (zeros + self.offset) & ((1 << self.bits) - 1)
         group = self.g_idx.long()
-        return ((codes - zeros[group]) * self.scales.float()[group]).T.contiguous()
+        weight = codes.sub_(zeros[group]).float()
+        del codes  # of the weight's size, as each of these is: two at a time are enough
+        return weight.mul_(self.scales.float()[group]).T.contiguous()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={self.group_size}"
@@ -157,7 +159,7 @@ class AWQLinear(PackedLinear):
 
 def _awq_codes(words: Tensor) -> Tensor:
     """[n, O / 8] words as [n, O] codes."""
-    at = torch.tensor(AWQ_ORDER, device=words.device).argsort()  # column -> its place in the word
+    at = torch.tensor(AWQ_ORDER, device=words.device).argsort().int()  # column -> its place in the word
     return ((words[..., None] >> (4 * at)) & 15).flatten(1).int()
 
 

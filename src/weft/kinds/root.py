@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from weft.core.route import Rows
+from weft.core.route import Rows, names, reads_places
 from weft.kinds.call import Call, Prompts
 from weft.kinds.entry import InputSeat, argument_names
 from weft.kinds.probe import NeverCalled, can_repeat, check_used, random_states, tensors
 from weft.kinds.seat import Container, Weave, _rebuild
+from weft.kinds.survey import survey
+from weft.kinds.text import Text, remember
 
 __all__ = ["NeverCalled", "WovenGenerator", "WovenRoot"]
 
@@ -69,12 +71,25 @@ class WovenGenerator(WovenRoot):
 def run(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own forward, with virtual tokens at its input where an adapter has some."""
     weave = model.weave
+    # kept after the call: a layer that is computed again in the backward is told the same
     if weave.has_blocks and weave.route is not None:
-        # kept after the call: a layer that is computed again in the backward is told the same
-        weave.call = Call.of(model, {**dict(zip(argument_names(model.base_class), args, strict=False)), **kwargs})
+        weave.call = Call.of(model, named(model, args, kwargs))
+    if weave.reads_text or reads_places(weave.route):
+        weave.text = Text.of(model, named(model, args, kwargs))
+    if weave.surveyors and names(weave.route) & weave.surveyors:
+        weave.surveyed = survey(model, own_forward(model), named(model, args, kwargs))
     if weave.entry is not None and weave.route is not None:
-        return through(weave.entry, model, args, kwargs)
-    return own_forward(model)(*args, **kwargs)
+        result = through(weave.entry, model, args, kwargs)
+    else:
+        result = own_forward(model)(*args, **kwargs)
+    if weave.reads_text:  # under any route: what the base has put into a cache is there for an adapter that goes on
+        remember(weave.text, named(model, args, kwargs), result)
+    return result
+
+
+def named(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a model is called with, by name."""
+    return {**dict(zip(argument_names(model.base_class), args, strict=False)), **kwargs}
 
 
 def own_forward(model: Any) -> Callable[..., Any]:

@@ -43,6 +43,11 @@ class Weave:
     call: Any = None  # what the model was last called with, where a block is adapted
     prompts: Any = None  # those of a generation that runs
     has_blocks: bool = False
+    causal: bool = False  # whether tokens of the model see earlier ones only
+    text: Any = None  # what the model last read, where an adapter looks for tokens in it
+    reads_text: bool = False
+    surveyors: set[str] = field(default_factory=set)  # adapters that want the base to run first
+    surveyed: Any = None  # the last hidden states of that pass, [B, T, C]
 
 
 class Seat(ABC):
@@ -116,6 +121,27 @@ class Seat(ABC):
 
     def given(self, name: str, count: int) -> Tensor:
         return known(self.weave.given, name, count, self.site.address).expanded(self.weave.expand)
+
+    def num_seen(self) -> int:
+        return 0 if self.weave.text is None else self.weave.text.seen
+
+    def invoked(self, x: Tensor, tokens: tuple[int, ...]) -> Tensor:
+        text = self.weave.text
+        if text is None:
+            raise ValueError(
+                f"{self.site.address} was called alone, and its adapter looks for {list(tokens)} in the text that the "
+                "model reads: call the model that the adapter is attached to"
+            )
+        found: Tensor = text.at(x, tokens, self.site.address)
+        return found
+
+    def hidden(self) -> list[Tensor]:
+        if self.weave.surveyed is None:
+            raise ValueError(
+                f"{self.site.address} was called alone, and its adapter reads what the whole base makes of a text "
+                "first: call the model that the adapter is attached to"
+            )
+        return [self.weave.surveyed]
 
     def positions(self, x: Tensor) -> Positions:
         raise TypeError(f"{self.site.address} is of kind {self.site.kind}: only tokens at a block have positions")

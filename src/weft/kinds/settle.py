@@ -45,6 +45,9 @@ def check_places(places: Iterable[tuple[str, nn.Module, type]]) -> None:
 def settle(model: nn.Module, modules: Mapping[str, nn.Module], weave: Weave, name: str) -> None:
     """Let the model's input and its layers know about an adapter that has just been attached."""
     settle_sides(modules, weave)
+    weave.causal = any(getattr(m, "is_causal", False) for m in modules.values()) or _generates(model)
+    surveys = any(s.adapters[name].method.surveys for s in weave.seats.values() if name in s.adapters)
+    (weave.surveyors.add if surveys else weave.surveyors.discard)(name)
     own = {s.site.address: s for s in weave.seats.values() if isinstance(s, VirtualSeat) and name in s.adapters}
     if not own:
         return
@@ -56,6 +59,12 @@ def settle(model: nn.Module, modules: Mapping[str, nn.Module], weave: Weave, nam
             weave.entry = _enter(input_of(address.removesuffix(f".{seat.param}"), modules), modules, weave)
     weave.entry.root_names = argument_names(base_class(model))
     weave.entry.attentions = [s for s in weave.seats.values() if s.kind == "attention"]
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether a model writes one token after another, so that its tokens know no later ones."""
+    can = getattr(model, "can_generate", None)
+    return bool(can()) if can is not None else False
 
 
 def _enter(path: str, modules: Mapping[str, nn.Module], weave: Weave) -> InputSeat:

@@ -27,23 +27,20 @@ class Pair:
     up: Tensor
     groups: int = 1
     experts: bool = False
-    stacked: int = 1
 
     def of_down(self, t: Tensor) -> Tensor:
-        """A tensor of the first factor's shape as matrices [N, R, I], N groups, experts or stacked updates."""
-        return t.flatten(2) if self.experts else t.reshape(n := self.groups * self.stacked, t.shape[0] // n, -1)
+        """A tensor of the first factor's shape as matrices [N, R, I], N groups or experts."""
+        return t.flatten(2) if self.experts else t.reshape(self.groups, t.shape[0] // self.groups, -1)
 
     def of_up(self, t: Tensor) -> Tensor:
         """A tensor of the second factor's shape as matrices [N, O, R]."""
         if self.experts:
             return t
-        if self.stacked > 1:
-            return t.unflatten(1, (self.stacked, -1)).movedim(1, 0)
         return t.reshape(self.groups, -1, t.shape[-1])
 
     def as_up(self, t: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `of_up`."""
-        return t.movedim(0, 1).reshape(shape) if self.stacked > 1 else t.reshape(shape)
+        return t.reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)

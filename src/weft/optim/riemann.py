@@ -19,7 +19,7 @@ __all__ = ["Preconditioned"]
 class _Scaled(Choice):
     """g_A -> (B^T B + d I)^-1 g_A,  g_B -> g_B (A A^T + d I)^-1: the step of the product B A forgets how it is split.
 
-    Zhang and Pilanci 2024, arXiv 2402.02347; for mixtures, update by update: Sun et al. 2025, arXiv 2502.15828.
+    Zhang and Pilanci 2024, arXiv 2402.02347; of a router's experts, each by itself: Sun et al. 2025, arXiv 2502.15828.
     """
 
     paper = "2402.02347"

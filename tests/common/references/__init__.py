@@ -10,9 +10,12 @@ norm, the block itself as a function at a block), `b` the bias or None, and x [N
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from weft.core.router import Router
 
 
 def apply(W: Tensor | Callable[[Tensor], Tensor], b: Tensor | None, x: Tensor) -> Tensor:
@@ -32,3 +35,15 @@ def product(b: Tensor, a: Tensor, groups: int = 1) -> Tensor:
     """B A as a weight [O, I / groups, *kernel], for a [R, I / groups, *kernel] and b [O, R / groups]."""
     pairs = zip(b.chunk(groups, 0), a.chunk(groups, 0), strict=True)
     return torch.cat([torch.einsum("or,r...->o...", one, two) for one, two in pairs])
+
+
+def expert_outputs(
+    router: Router, t: dict[str, Tensor], W: Tensor | Callable[[Tensor], Tensor], b: Tensor | None, x: Tensor
+) -> list[Tensor]:
+    """What each expert of a router makes of x, by its own method's reference."""
+    found = []
+    for expert in router.experts:
+        own = {k.removeprefix(f"{expert.name}:"): v for k, v in t.items() if k.startswith(f"{expert.name}:")}
+        reference = import_module(f"tests.common.references.{expert.method.name}")
+        found.append(reference.dense(expert.method, own, W, b, x))
+    return found

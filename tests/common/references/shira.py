@@ -4,7 +4,7 @@ import torch
 
 from tests.common.references import apply
 
-SMALL = [{"rank": 2}, *({"rank": 1, "mask": m} for m in ("magnitude", "gradient", "snip", "structured"))]
+SMALL = [{"rank": 2}, *({"rank": 1, "mask": m} for m in ("magnitude", "gradient", "snip", "grasp", "structured"))]
 
 
 def dense(method, t, W, b, x):
