@@ -14,7 +14,8 @@ from tests.common.language import ids, llama, t5
 from weft.errors import AdapterError
 from weft.quantise import quantise_model
 
-METHODS = sorted(name for name, cls in weft.methods().items() if cls.__module__.startswith("weft."))
+ENCODERS_ONLY = {"soft_slots"}  # every other method has a place in a decoder
+METHODS = sorted({n for n, cls in weft.methods().items() if cls.__module__.startswith("weft.")} - ENCODERS_ONLY)
 
 
 def small(name: str) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def small(name: str) -> dict[str, Any]:
         "multitask_prompt": {"num_tokens": 3}, "p_tuning": {"num_tokens": 3}, "cartridge": {"num_tokens": 3},
         "cpt": {"init_ids": (5, 6, 7)}, "smt": {"block": 4, "choose": "random"},
         "fourierft": {"num_frequencies": 20}, "vera": {"rank": 4},
+        "xlora": {"experts": weft.experts(weft.LoRA(rank=1), 2), "hidden_size": 32},
     }  # fmt: skip
     if name in own or importlib.util.find_spec(f"tests.common.references.{name}") is None:
         return own.get(name, {})
@@ -37,8 +39,9 @@ needs_quantisation = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes")
 
 def adapted(name: str, model: nn.Module | None = None, **options: Any) -> nn.Module:
     model = llama() if model is None else model
-    weft.attach(model, weft.methods()[name](**{**SMALL.get(name, {}), **options}), name="a")
-    weft.given(model, **dict.fromkeys(weft.methods()[name].conditions, 0))
+    method = weft.methods()[name](**{**SMALL.get(name, {}), **options})
+    weft.attach(model, method, name="a")
+    weft.given(model, **dict.fromkeys(method.conditions, 0))
     with torch.no_grad():
         for p in weft.parameters(model):
             p.add_(torch.randn_like(p) * 0.1)

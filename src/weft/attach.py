@@ -16,7 +16,7 @@ from weft.core.affine import NotLinear
 from weft.core.method import Frozen, Method
 from weft.core.route import Route, Rows, as_route, names
 from weft.errors import AdapterError, nearest
-from weft.fresh import Record, make
+from weft.fresh import Record, dealt, make
 from weft.kinds.root import WovenGenerator, WovenRoot
 from weft.kinds.seat import Container, Seat, Weave, Woven, WovenWeight, base_class, swap, unswap, woven_class
 from weft.kinds.settle import check_places, leave, leave_sides, settle
@@ -83,9 +83,9 @@ def attach(
     )  # fmt: skip
     if calibration is not None and not any(s.method.needs() for s in plan.sites):
         raise ValueError(f"{method} starts from no data: leave calibration out, or choose a start that needs it")
-    attach_plan(model, plan, statistics=collect(model, plan, calibration))
+    record = attach_plan(model, plan, statistics=collect(model, plan, calibration))
     use(model, name)
-    return plan
+    return record.plan
 
 
 def attach_plan(
@@ -98,6 +98,8 @@ def attach_plan(
 ) -> Record:
     """Carry out a plan. tensors, shared: ready ones by address and by method name, instead of fresh ones."""
     modules = dict(walk(model))
+    if tensors is None:
+        plan = dealt(plan, modules, statistics or {})
     _check_free(model, [modules[p.path] for p in plan.sites])
     _check_name(model, plan.name)
     places = [(p.site.address, modules[p.path], p.offer.param) for p in plan.sites]
@@ -360,6 +362,7 @@ def _register(seat: Seat, name: str, adapter: Adapter) -> None:
     else:
         container._modules[seat.param] = adapter
     seat.weave.unproved.add(seat.site.address)
+    seat.weave.reads_text |= adapter.method.selects_tokens()
 
 
 def _holder(module: nn.Module) -> nn.Module:

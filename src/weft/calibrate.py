@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weft.kinds.entry import token_ids
 from weft.kinds.seat import Weave
@@ -16,13 +17,14 @@ from weft.targets import Plan, PlannedSite, walk
 
 __all__ = ["collect"]
 
-_COLLECTED = frozenset({"covariance", "gradient", "fisher"})
+_COLLECTED = frozenset({"covariance", "gradient", "curvature", "fisher"})
 """What data can tell; the rest of what starts need comes from whoever quantised the base."""
 
 
 def collect(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None) -> dict[str, dict[str, Tensor]]:
-    """The statistics that a plan's methods need, by address: input covariances [I, I], weight gradients [O, I], the
-    mean of their squares over rows of data ("fisher"), and what attentions keep of a method's own text ("cache").
+    """The statistics that a plan's methods need, by address: input covariances [I, I], weight gradients [O, I], what
+    the Hessian of all these weights makes of them ("curvature"), the mean of their squares over rows of data
+    ("fisher"), and what attentions keep of a method's own text ("cache").
 
     calibration: batches, mappings or tuples of the model's arguments; a gradient needs the model's result to have a
     `loss`, or to be one. Raises ValueError when statistics are needed and there is no data.
@@ -43,8 +45,8 @@ def collect(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None) -> 
             _caches(plan, modules, found)
         if "covariance" in needed:
             _covariances(model, plan, modules, batches, found)
-        if "gradient" in needed:
-            _gradients("gradient", model, plan, modules, batches, found)
+        for what in sorted(needed & {"gradient", "curvature"}):
+            _gradients(what, model, plan, modules, batches, found)
         if "fisher" in needed:
             _gradients("fisher", model, plan, modules, [row for batch in batches for row in _rows(batch)], found)
     return found
@@ -142,19 +144,33 @@ def _gradients(
         for w in weights:
             w.requires_grad_(True)
         for batch in batches:
-            result = _call(model, batch)
+            with _twice(what):
+                result = _call(model, batch)
             loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
             if loss is None or loss.numel() != 1:
                 raise ValueError(
                     "a gradient needs a loss: give calibration batches with `labels`, or a model that returns one"
                 )
-            for planned, seat, g in zip(sites, seats, torch.autograd.grad(loss, weights), strict=True):
+            for planned, seat, g in zip(sites, seats, _slopes(loss, weights, what), strict=True):
                 seen = found[planned.site.address]
                 g = seat.oriented(g.detach())
                 seen[what] = seen.get(what, 0) + (g.square() if what == "fisher" else g) / len(batches)
     finally:
         for w, flag in zip(weights, flags, strict=True):
             w.requires_grad_(flag)
+
+
+def _twice(what: str) -> AbstractContextManager[None]:
+    """Attention in plain steps where its backward has a backward: the fused kernels have none."""
+    return sdpa_kernel(SDPBackend.MATH) if what == "curvature" else nullcontext()
+
+
+def _slopes(loss: Tensor, weights: list[Tensor], what: str) -> tuple[Tensor, ...]:
+    """dL/dW of every weight, or the product of these with the Hessian of all of them."""
+    if what != "curvature":
+        return torch.autograd.grad(loss, weights)
+    first = torch.autograd.grad(loss, weights, create_graph=True)
+    return torch.autograd.grad(sum((g * g.detach()).sum() for g in first), weights)  # type: ignore[arg-type]
 
 
 def _rows(batch: Any) -> Iterator[Any]:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from weft.checks import PLACES, MethodError, Place, check_merge, check_rows
 from weft.core.method import Method, hints
+from weft.core.router import Expert, Router, experts
+from weft.registry import methods
 from weft.targets import TargetError, resolve
 
 __all__ = ["Capabilities", "Option", "capabilities"]
@@ -114,10 +116,18 @@ _proved: Callable[[type], Capabilities] = cache(_prove)  # annotated: to mypy a 
 
 
 def _places(method: type[Method]) -> list[Place]:
-    """Tiny models with what the method adapts: one module for most kinds, a language model for the rest."""
-    found = [place for place in PLACES if place.kind in method.kinds]
+    """Tiny models with what the method adapts: one module for most kinds, a language model for the rest, and for what
+    reads a whole base."""
+    found = [place for place in PLACES if place.kind in method.kinds and method.surveys is not True]
     rest = sorted(method.kinds - {place.kind for place in found})
     return found + [Place(kind, kind, _language, _tokens, (method.default_targets,)) for kind in rest]
+
+
+def _experts(place: Place) -> tuple[Expert, ...]:
+    """Experts that a router may hold at a kind of site."""
+    known = methods()
+    names = ("lora", "bottleneck", "norm_tuning")
+    return experts(next(_small(known[n], place) for n in names if place.kind in known[n].kinds), 3)
 
 
 def _small(method: type[Method], place: Place) -> Method:
@@ -127,7 +137,9 @@ def _small(method: type[Method], place: Place) -> Method:
     """
     whole = {f.name: f.default for f in dataclasses.fields(method) if type(f.default) is int}
     shares = {f.name: 0.5 for f in dataclasses.fields(method) if type(f.default) is float and 0.9 <= f.default < 1}
-    lists = {f.name: (0, 1) for f in dataclasses.fields(method) if f.default == ()}
+    lists: dict[str, Any] = {f.name: (0, 1) for f in dataclasses.fields(method) if f.default == ()}
+    if issubclass(method, Router):
+        lists = {"experts": _experts(place)}
     others = [
         {f.name: c}
         for f in dataclasses.fields(method)
@@ -199,7 +211,7 @@ def _type_text(kind: Any) -> str:
         return words[kind]
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is tuple:
-        return f"a list of {_type_text(inner[0])}"
+        return "experts" if inner[0] is Expert else f"a list of {_type_text(inner[0])}"
     return " or ".join(map(_type_text, inner)) if inner else str(kind)
 
 

@@ -64,17 +64,14 @@ def cost(
     model: any torch module, on the meta device too. targets, layers, exclude: see `weft.resolve`.
     """
     plan = resolve(model, method, targets, layers=layers, exclude=exclude)
-    shared = {}
-    for each in {s.method.name: s.method for s in plan.sites}.values():
-        sites = [replace(s.site, device="meta") for s in plan.sites if s.method.name == each.name]
-        shared[each.name] = each.shared(sites)
+    shared = plan.shared("meta")
     total = [0] * 6
     for holder in shared.values():
         total = _add(total, [*_sizes(holder), 0, 0, 0])
     uncounted = []
     for planned in plan.sites:
         tensors = structure(planned.method, planned.site)
-        flops = _flops(planned, tensors, shared[planned.method.name])
+        flops = _flops(planned, tensors, shared.get(planned.method.name, {}))
         if flops is None:
             uncounted.append(planned.site.address)
         total = _add(total, [*_sizes(tensors), *(flops or (0, 0, 0))])
@@ -135,6 +132,15 @@ class _Meta:
     def positions(self, x: Tensor) -> Positions:
         return Positions.of_whole_rows(x)
 
+    def num_seen(self) -> int:
+        return 0
+
+    def hidden(self) -> list[Tensor]:
+        return []
+
+    def invoked(self, x: Tensor, tokens: tuple[int, ...]) -> Tensor:  # noqa: ARG002
+        return torch.ones(1, dtype=torch.bool, device=x.device)
+
     def conv(self, x: Tensor, kernel: Tensor) -> Tensor:
         functional = torch.nn.functional
         conv = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.site.kernel_size) - 1]
@@ -153,7 +159,7 @@ def _flops(
     """(beyond the map, of the map, of the coefficients) for one token; None for a kind whose cost lies elsewhere."""
     if planned.site.kind == "norm":
         return 0, 0, 0  # elementwise
-    if planned.site.kind not in _OPS:
+    if planned.site.kind not in _OPS or planned.method.surveys:  # of a survey, in a pass of the base
         return None
     site = replace(planned.site, device="meta", experts=None)
     if not shared:  # alike sites cost alike; what sites share, a method may find by where a site is

@@ -15,13 +15,14 @@ from torch import nn
 from weft.core.adapter import Adapter, Shared
 from weft.core.affine import NotLinear, StartOp, WeightOp
 from weft.core.method import Frozen, Method
+from weft.core.router import Router, shared_tensors
 from weft.core.site import Site
 from weft.errors import WeftError, nearest
 from weft.kinds import Offer
 from weft.kinds.seat import base_class
 from weft.kinds.settle import input_of
 from weft.patterns import PLACES, PRESETS, Candidate, candidates, layer_of, matches, output_head, walk
-from weft.registry import method_class, method_from_spec
+from weft.registry import as_declared, method_class, method_from_spec
 
 __all__ = [
     "PRESETS", "Plan", "PlannedSite", "TargetError", "Targets", "candidates", "resolve", "site_of", "structure", "walk",
@@ -62,7 +63,21 @@ class Plan:
     @property
     def num_parameters(self) -> int:
         """Trainable numbers of the whole adapter."""
-        return sum(s.num_parameters for s in self.sites) + shared_count(self)
+        return sum(s.num_parameters for s in self.sites) + sum(map(trainable, self.shared("meta").values()))
+
+    def shared(
+        self, device: torch.device | str | None = None, ops: Mapping[str, StartOp] | None = None
+    ) -> dict[str, dict[str, Frozen | torch.Tensor]]:
+        """What its sites share, by the name of their method; there, or on a device.
+
+        ops: the start of every site by address; without them, what is made of weights has its shapes only.
+        """
+        uses: dict[str, list[tuple[Method, Site, StartOp | None]]] = {}
+        for s in self.sites:
+            site = s.site if device is None else dataclasses.replace(s.site, device=device)
+            uses.setdefault(s.method.name, []).append((s.method, site, (ops or {}).get(s.site.address)))
+        made = {name: shared_tensors(own) for name, own in uses.items() if any(m.shares() for m, _, _ in own)}
+        return {name: tensors for name, tensors in made.items() if tensors}
 
     def __str__(self) -> str:
         rows = [("module", "kind", "out", "in", "method", "parameters")]
@@ -73,15 +88,6 @@ class Plan:
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         lines.append(f"{self.name}: {self.method} at {len(self.sites)} sites, {self.num_parameters:,} parameters")
         return "\n".join(lines)
-
-
-def shared_count(plan: Plan) -> int:
-    """Trainable numbers that the sites of a plan share."""
-    total = 0
-    for method in {s.method.name: s.method for s in plan.sites}.values():
-        sites = [dataclasses.replace(s.site, device="meta") for s in plan.sites if s.method.name == method.name]
-        total += trainable(method.shared(sites))
-    return total
 
 
 def resolve(
@@ -181,7 +187,7 @@ def _check_shared(planned: Sequence[PlannedSite]) -> None:
     for s in planned:
         by_name.setdefault(s.method.name, set()).add(s.method)
     for name, variants in by_name.items():
-        if len(variants) > 1 and any(type(m).shared is not Method.shared for m in variants):
+        if len(variants) > 1 and not all(isinstance(m, Router) or not m.shares() for m in variants):
             raise TargetError(
                 f"{name} shares tensors between its sites, so its hyper-parameters cannot differ by pattern; attach "
                 "one adapter per setting and use them together"
@@ -205,7 +211,10 @@ def _override(method: Method, overrides: Mapping[str, Any], pattern: str) -> Met
     for key in overrides:
         if key not in known:
             raise TargetError(f"targets[{pattern!r}]: {method.name} has no option {key!r}; {nearest(key, known)}")
-    return dataclasses.replace(method, **overrides)
+    try:
+        return dataclasses.replace(method, **as_declared(type(method), overrides))
+    except (ValueError, TypeError) as error:
+        raise TargetError(f"targets[{pattern!r}]: {error}") from error
 
 
 def _another(overrides: Mapping[str, Any], pattern: str) -> Method:
@@ -256,6 +265,8 @@ def _planned(
     site = site_of(c.module, c.address, offer, index=index, count=count, dtype=dtype, seed=seed)
     try:
         method.check(site)
+        if method.selects_tokens() and site.kind not in ("linear", "embedding", "block"):
+            raise ValueError(f"{method.looks_for}: {site.kind} does not see the tokens of a text one by one")
     except ValueError as error:
         raise TargetError(f"{method.name} cannot adapt {c.address}: {error}") from error
     if offer.through_weight:

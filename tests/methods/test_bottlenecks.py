@@ -15,6 +15,7 @@ from weft.attach import records
 from weft.core import Progress
 from weft.core.evolve import Part
 from weft.core.penalty import weighted
+from weft.core.pruning import synflow
 
 
 def method(name: str, **options: Any) -> weft.Method:
@@ -178,6 +179,44 @@ def test_sparse_adapter_prunes_all_sites_together_by_what_the_loss_says() -> Non
     for part in each:
         for name in ("down", "up"):
             assert not part.tensors[name].grad[part.tensors[f"{name}_mask"] == 0].any()
+
+
+def test_synflow_keeps_what_most_flows_through_in_rounds() -> None:
+    torch.manual_seed(0)
+    pairs = [(torch.randn(3, 5), torch.randn(6, 3)), (0.3 * torch.randn(3, 5), torch.randn(6, 3))]
+    masks = synflow(pairs, 0.25)
+    assert sum(int(m.sum()) for both in masks for m in both) == round(0.25 * 66)
+    once = []
+    for down, up in pairs:  # 1^T |U| |D| 1, by the gradient of its own sum
+        d, u = (t.abs().requires_grad_() for t in (down, up))
+        (u @ d).sum().backward()
+        once += [(d.grad * d).detach().flatten(), (u.grad * u).detach().flatten()]
+    first = synflow(pairs, 65 / 66)
+    assert torch.cat(once).argmin() == torch.cat([m.flatten() for both in first for m in both]).argmin()
+    for (down, up), (of_down, of_up) in zip(pairs, masks, strict=True):
+        alive = (of_down * down).abs().sum(1) > 0
+        assert torch.equal(alive, (of_up * up).abs().sum(0) > 0), "nothing is kept that leads nowhere"
+
+
+def test_rounds_keep_nothing_that_leads_nowhere() -> None:
+    torch.manual_seed(0)  # in one round, a channel between keeps an entry of one side alone
+    pairs = [(torch.randn(3, 5), torch.randn(6, 3)), (0.3 * torch.randn(3, 5), torch.randn(6, 3))]
+    for of_down, of_up in synflow(pairs, 0.05):
+        assert torch.equal(of_down.any(1), of_up.any(0))
+
+
+def test_sparse_adapter_prunes_by_flow_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
+    sparse = method("sparse_adapter", width=4, sparsity=0.75, score="synflow", score_steps=2)
+    weft.attach(model, sparse, ["0", "1"])
+    shaken(model)
+    each = parts(model, [])
+    with torch.no_grad():
+        sparse.evolve(each, Progress(1, 5))
+        assert all(bool(p.tensors[f"{n}_mask"].all()) for p in each for n in ("down", "up"))
+        sparse.evolve(each, Progress(2, 5))
+    assert sum(int(p.tensors[f"{n}_mask"].sum()) for p in each for n in ("down", "up")) == 40
 
 
 def test_the_largest_of_the_start_are_kept_by_magnitude() -> None:

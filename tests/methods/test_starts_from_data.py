@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import peft
@@ -120,3 +121,72 @@ def test_no_start_edits_the_base(start):
 def test_a_rank_that_a_start_does_not_have_says_why(options, words):
     with pytest.raises(weft.targets.TargetError, match=words):
         weft.attach(Net(), weft.LoRA(**options), ["up"])
+
+
+class Three(nn.Module):
+    """Three maps of inputs that vary in few directions, in some, and in all alike."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.three = (nn.Linear(16, 12, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        fall = torch.arange(16.0)
+        return self.one(x * 0.1**fall) + self.two(x * 0.7**fall) + self.three(x)
+
+
+def varied(num: int = 200) -> Tensor:
+    """Inputs without a mean, as HF PEFT takes it off."""
+    x = torch.randn(num, 16, generator=torch.Generator().manual_seed(1))
+    return x - x.mean(0)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("rho", "ranks"), [(2.0, [1, 3, 8]), (1.5, [1, 5, 6])])
+def test_eva_shares_ranks_as_peft_does(rho, ranks):
+    net, x, names = Three(), varied(), ["one", "two", "three"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=names, init_lora_weights="eva",
+        eva_config=peft.EvaConfig(rho=rho, use_label_mask=False),
+    )  # fmt: skip
+    with warnings.catch_warnings(action="ignore"):
+        theirs = peft.get_peft_model(copy.deepcopy(net), config)
+    peft.initialize_lora_eva_weights(
+        theirs, [{"x": x}] * 3, prepare_model_inputs_fn=None, show_progress_bar=False,
+        prepare_layer_inputs_fn=lambda inputs, *_: inputs[0] if isinstance(inputs, tuple) else inputs,
+    )  # fmt: skip
+    wanted = {n: getattr(theirs.base_model.model, n) for n in names}
+    plan = weft.attach(net, weft.LoRA(rank=4, alpha=6.0, start="eva", rho=rho), names, name="a", calibration=[x])
+    found = {s.site.address: s.method for s in plan.sites}
+    for name, layer in wanted.items():
+        assert found[name].rank == layer.r["default"]
+        assert found[name].scale == pytest.approx(layer.scaling["default"])
+        a = records(net)["a"].adapters[name].A.detach()
+        mine, other = (t / t.norm(dim=1, keepdim=True) for t in (a, layer.lora_A["default"].weight.detach()))
+        agreement = (mine * other).sum(1).abs()  # theirs comes of an incremental decomposition
+        torch.testing.assert_close(agreement, torch.ones(len(a)), atol=2e-2, rtol=0)
+    assert sorted(m.rank for m in found.values()) == ranks
+
+
+def test_eva_deals_one_budget_and_leaves_sites_out(tmp_path):
+    net, x = Three(), varied()
+    net.forward = lambda x: net.one(x * torch.eye(16)[0]) + net.three(x)  # the first sees one direction only
+    plan = weft.attach(net, weft.LoRA(rank=2, start="eva", rho=8.0), ["one", "three"], name="a", calibration=[x])
+    assert [s.method.rank for s in plan.sites] == [1, 3]
+    weft.save(net, tmp_path, name="a")
+    again = Three()
+    loaded = weft.load(again, tmp_path, name="a")
+    assert [s.method for s in loaded.sites] == [s.method for s in plan.sites]
+    for p, q in zip(weft.parameters(net), weft.parameters(again), strict=True):
+        assert torch.equal(p, q)
+    few = Three()
+    few.forward = lambda x: few.two(x * (torch.arange(16) < 2)) + few.three(x)
+    plan = weft.attach(few, weft.LoRA(rank=1, start="eva", rho=2.0), ["two", "three"], name="a", calibration=[x])
+    assert [(s.site.address, s.method.rank) for s in plan.sites] == [("two", 2)]
+    assert records(few)["a"].adapters.keys() == {"two"}
+
+
+def test_ranks_are_shared_by_variance_only_where_it_is_known():
+    with pytest.raises(ValueError, match="which start='eva' alone reads"):
+        weft.attach(Net(), weft.LoRA(rho=2.0), LINEARS)

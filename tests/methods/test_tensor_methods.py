@@ -155,3 +155,53 @@ def test_compacter_trains_one_expert_at_a_time() -> None:
     assert torch.allclose(model(x), compacter_reference.dense(method, t, layer.weight, layer.bias, x))
     with pytest.raises(TargetError, match="division=4 does not divide 8 channels and a bottleneck of 2"):
         attached(METHODS["compacter"](reduction_factor=4), 8, 8)
+
+
+@torch.no_grad()
+def test_dota_packs_its_bonds_by_what_they_hold(tmp_path) -> None:
+    method = METHODS["dota"](rank=4, choose="weight")
+    torch.manual_seed(0)
+    left = torch.linalg.qr(torch.randn(30, 30))[0]  # a weight whose two cuts are not alike
+    model = nn.Sequential(nn.Linear(24, 30)).double().eval()
+    fall = torch.diag(torch.logspace(0, -3, 24))
+    model[0].weight.copy_((left[:, :24] @ fall @ torch.linalg.qr(torch.randn(24, 24))[0]).double())
+    weight = model[0].weight.clone()
+    plan = weft.attach(model, method, ["0"])
+    bonds = plan.sites[0].method.bonds
+    rows, columns = method._sizes(plan.sites[0].site)
+    sizes = [m * n for m, n in zip(rows, columns, strict=True)]
+    squares = [torch.linalg.svdvals(unfolded(weight, rows, columns, k)).square().cumsum(0).tolist() for k in (1, 2)]
+    budget = 4 * sizes[0] + 16 * sizes[1] + 4 * sizes[2]
+    best = max(
+        (squares[0][a - 1] + squares[1][b - 1], -cost, a, b)
+        for a in range(1, len(squares[0]) + 1)
+        for b in range(1, len(squares[1]) + 1)
+        if (cost := a * sizes[0] + a * b * sizes[1] + b * sizes[2]) <= budget
+    )
+    assert bonds == best[2:]
+    assert [tuple(records(model)["default"].adapters["0"].tensors()[f"core{k}"].shape[::3]) for k in range(3)] == [
+        (1, bonds[0]), bonds, (bonds[1], 1)
+    ]  # fmt: skip
+    shake(model)
+    x = torch.randn(3, 24).double()
+    wanted = model(x)
+    weft.save(model, tmp_path)
+    again = nn.Sequential(nn.Linear(24, 30)).double().eval()
+    again.load_state_dict({k: v for k, v in model.state_dict().items() if "adapters" not in k})
+    assert weft.load(again, tmp_path).sites[0].method.bonds == bonds
+    assert torch.equal(again(x), wanted)
+
+
+def unfolded(w: Tensor, rows: tuple[int, ...], columns: tuple[int, ...], k: int) -> Tensor:
+    """The matrix of one cut of the chain."""
+    n = len(rows)
+    axes = [axis for i in range(n) for axis in (i, n + i)]
+    size = torch.Size([*rows[:k], *columns[:k]]).numel()
+    return w.reshape(*rows, *columns).permute(axes).reshape(size, -1)
+
+
+def test_bonds_are_one_fewer_than_cores() -> None:
+    with pytest.raises(TargetError, match="3 cores have 2 bonds"):
+        attached(METHODS["dota"](bonds=(2,)), 12, 8)
+    model = attached(METHODS["dota"](bonds=(2, 1000)), 12, 8)
+    assert tensors(model)["core0"].shape[-1] == 2

@@ -176,8 +176,14 @@ class WeightOp(Op):
     def drop(self, x: Affine, p: float) -> Affine:
         return x
 
+    def hidden(self) -> list[Tensor]:
+        raise NotLinear("reads what layers make of every text")
+
     def given(self, x: Affine, name: str, count: int) -> Tensor:
         raise NotLinear(f"reads the {name} of every row, and a weight is the same for all rows")
+
+    def invoked(self, x: Affine, tokens: tuple[int, ...]) -> Tensor:
+        raise NotLinear("changes only the tokens behind its invocation, and a weight is the same for all tokens")
 
     def _within_groups(self, stays: bool) -> None:
         """Every row of a grouped convolution's weight has the inputs of its own group only."""
@@ -283,6 +289,10 @@ class StartOp(WeightOp):
     def gradient(self) -> Tensor:
         """Gradient of the loss for W over the calibration data, [O, I, *kernel]."""
         return self._statistic("gradient", self.site.shape)
+
+    def curvature(self) -> Tensor:
+        """What the loss's Hessian for all weights that ask for it makes of its gradient, here: [O, I, *kernel]."""
+        return self._statistic("curvature", self.site.shape)
 
     def _statistic(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if torch.device(self.site.device).type == "meta":

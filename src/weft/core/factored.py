@@ -158,6 +158,9 @@ class FactorOp(Op):
     def kron(self, x: Any, a: Tensor, b: Tensor) -> Any:
         raise NotFactored("adds a Kronecker product")
 
+    def invoked(self, x: Any, tokens: tuple[int, ...]) -> Tensor:
+        raise NotFactored("changes only the tokens behind its invocation")
+
     def drop(self, x: Any, p: float) -> Any:
         return x
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,8 +63,12 @@ def low_rank(start: str, site: Site, op: StartOp, *, rank: int, scale: float, ro
     return a.contiguous(), b.contiguous()
 
 
-def check_start(start: str, site: Site, *, rank: int) -> None:
+def check_start(start: str, site: Site, *, rank: int, freeze_a: bool = False, rho: float = 1.0) -> None:
     """ValueError when a start does not fit a site or a rank."""
+    if rho != 1 and start != "eva":
+        raise ValueError(f"rho={rho} shares ranks out by the variance of inputs, which start='eva' alone reads")
+    if freeze_a and start == "kaiming" and site.kind == "embedding":
+        raise ValueError("an embedding's A starts at zero: freeze_a would leave nothing to learn; use start='normal'")
     if rank % site.groups:
         raise ValueError(f"rank={rank} is no multiple of the convolution's {site.groups} groups")
     if start not in ("kaiming", "normal") and site.groups > 1:
@@ -83,6 +87,28 @@ def check_start(start: str, site: Site, *, rank: int) -> None:
         raise ValueError(f"start={start!r} {what}; this is a site of kind {site.kind}")
     if start in NEEDS and rank > (site.in_features if start == "eva" else most):
         raise ValueError(f"start={start!r}: rank={rank} is more than the {most} directions that the weight has")
+
+
+def deal_ranks(method: Any, ops: Sequence[StartOp]) -> list[Any]:
+    """The same low-rank method with a rank of its own for every site, None for none, and the scale that it had.
+
+    A direction of a site's inputs is worth its part of their variance. The best of all sites share the ranks that the
+    sites would have had, at most rho * rank at one (Paischer et al. 2024, arXiv 2410.07170).
+    """
+    if method.rho == 1:
+        return [method] * len(ops)
+    worth = []
+    for op in ops:
+        values = torch.linalg.eigvalsh(op.covariance().double()).flip(0).clamp(min=0)
+        worth.append((values / values.sum())[: round(method.rho * method.rank)])
+    owner = torch.cat([torch.full((len(w),), i) for i, w in enumerate(worth)])
+    best = torch.cat([w.cpu() for w in worth]).argsort(descending=True, stable=True)[: method.rank * len(ops)]
+    ranks = torch.bincount(owner[best], minlength=len(ops)).tolist()
+    grown = [(r / method.rank) ** (0.5 if method.rank_stabilised else 1) for r in ranks]
+    return [
+        replace(method, rank=r, alpha=method.alpha * g, rho=1.0) if r else None
+        for r, g in zip(ranks, grown, strict=True)
+    ]
 
 
 def _kaiming(w: _Wanted) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bonds", "chain", "factors", "matrix_chain", "rounded"]
+from weft.core.evolve import Part
+
+__all__ = ["bonds", "chain", "drop_directions", "factors", "matrix_chain", "packed_bonds", "rounded"]
 
 
 def factors(size: int, count: int) -> tuple[int, ...]:
@@ -26,9 +28,11 @@ def factors(size: int, count: int) -> tuple[int, ...]:
     return tuple(sorted(made))
 
 
-def bonds(sizes: Sequence[int], rank: int) -> list[int]:
-    """The sizes of a chain's bonds, ends included: `rank`, or less where one side of a bond has fewer entries."""
-    inner = (min(rank, math.prod(sizes[:k]), math.prod(sizes[k:])) for k in range(1, len(sizes)))
+def bonds(sizes: Sequence[int], rank: int | Sequence[int]) -> list[int]:
+    """The sizes of a chain's bonds, ends included: `rank`, one for all or each its own, or less where one side of a
+    bond has fewer entries."""
+    wanted = [rank] * (len(sizes) - 1) if isinstance(rank, int) else rank
+    inner = (min(r, math.prod(sizes[:k]), math.prod(sizes[k:])) for k, r in enumerate(wanted, start=1))
     return [1, *inner, 1]
 
 
@@ -46,18 +50,70 @@ def chain(cores: Sequence[Tensor]) -> Tensor:
     return made
 
 
-def matrix_chain(w: Tensor, rows: Sequence[int], columns: Sequence[int], rank: int) -> list[Tensor]:
-    """A matrix [product of rows, product of columns] as a chain of cores [r, row, column, r'] with bonds up to `rank`.
+def _folded(w: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """A matrix [product of rows, product of columns] with a dimension for each: row, column, row, column, ..."""
+    order = [axis for k in range(len(rows)) for axis in (k, len(rows) + k)]
+    return w.reshape(*rows, *columns).permute(order)
+
+
+def packed_bonds(w: Tensor, rows: Sequence[int], columns: Sequence[int], rank: int) -> tuple[int, ...]:
+    """The sizes of a chain's bonds, ends left out, that hold most of a matrix, or of several [..., O, I] alike, in
+    cores of no more numbers than bonds of size `rank` would make.
+
+    What a bond of size r holds is the sum of its r largest squared singular values: what it leaves out bounds the error
+    of the chain, bond by bond, so that the best sizes are a packing. It is solved exactly, by the cost and the value of
+    all chains so far that no other one beats (Ghadiri, Fahrbach, Fu and Mirrokni 2023, arXiv 2302.03886).
+    """
+    sizes = [m * n for m, n in zip(rows, columns, strict=True)]
+    ends, weights = bonds(sizes, rank), w.reshape(-1, math.prod(rows), math.prod(columns))
+    budget = sum(a * n * b for a, n, b in zip(ends, sizes, ends[1:], strict=False))
+    best: dict[int, list[tuple[int, float, tuple[int, ...]]]] = {1: [(0, 0.0, ())]}
+    for k in range(1, len(sizes)):
+        held = _held([_folded(w, rows, columns).reshape(math.prod(sizes[:k]), -1) for w in weights])
+        found: dict[int, list[tuple[int, float, tuple[int, ...]]]] = {}
+        for before, chains in best.items():
+            for r, value in enumerate(held, start=1):
+                step, least = before * sizes[k - 1] * r, r * sizes[k] + sum(sizes[k + 1 :])
+                fitting = [(c + step, v + value, (*path, r)) for c, v, path in chains if c + step + least <= budget]
+                if not fitting:
+                    break
+                found.setdefault(r, []).extend(fitting)
+        best = {r: _unbeaten(chains) for r, chains in found.items()}
+    return max((chains[-1] for chains in best.values()), key=lambda c: c[1])[2]
+
+
+def _held(matrices: Sequence[Tensor]) -> list[float]:
+    """The sum of the r largest squared singular values, for r = 1, 2, ...; of several matrices together."""
+    squares: Tensor | None = None
+    for m in matrices:
+        m = m.double() if m.shape[0] <= m.shape[1] else m.double().mT
+        own = torch.linalg.eigvalsh(m @ m.mT).flip(0).clamp(min=0)
+        squares = own if squares is None else squares + own
+    assert squares is not None, "there is a weight"
+    total: list[float] = squares.cumsum(0).tolist()
+    return total
+
+
+def _unbeaten(chains: list[tuple[int, float, tuple[int, ...]]]) -> list[tuple[int, float, tuple[int, ...]]]:
+    """Those that cost more only where they hold more, the cheapest first."""
+    kept: list[tuple[int, float, tuple[int, ...]]] = []
+    for each in sorted(chains, key=lambda c: (c[0], -c[1])):
+        if not kept or each[1] > kept[-1][1]:
+            kept.append(each)
+    return kept
+
+
+def matrix_chain(w: Tensor, rows: Sequence[int], columns: Sequence[int], rank: int | Sequence[int]) -> list[Tensor]:
+    """A matrix [product of rows, product of columns] as a chain of cores [r, row, column, r'] with bonds up to `rank`,
+    or of the sizes that it names.
 
     One singular value decomposition after another from the left (Oseledets 2011, doi 10.1137/090752286): exact where
-    `rank` is large enough, and within sqrt(number of cores - 1) of the best chain elsewhere.
+    these are large enough, and within sqrt(number of cores - 1) of the best chain elsewhere.
     """
-    count = len(rows)
-    order = [axis for k in range(count) for axis in (k, count + k)]
-    rest = w.reshape(*rows, *columns).permute(order)  # [row, column, row, column, ...]
+    rest, cores = _folded(w, rows, columns), []
     sizes = [m * n for m, n in zip(rows, columns, strict=True)]
-    bond, cores = bonds(sizes, rank), []
-    for k in range(count - 1):
+    bond = bonds(sizes, rank)
+    for k in range(len(rows) - 1):
         u, s, v = torch.linalg.svd(rest.reshape(bond[k] * sizes[k], -1), full_matrices=False)
         r = bond[k + 1]
         cores.append(u[:, :r].reshape(bond[k], rows[k], columns[k], r))
@@ -85,3 +141,16 @@ def rounded(cores: Sequence[Tensor], tolerance: float) -> list[Tensor]:
         missing = core.shape[-1] - made[k].shape[-1], core.shape[0] - made[k].shape[0]
         made[k] = F.pad(made[k], (0, missing[0], *[0] * (2 * core.ndim - 4), 0, missing[1]))
     return made
+
+
+def drop_directions(parts: Sequence[Part], names: Sequence[str], tolerance: float) -> None:
+    """`rounded` for the cores of these names at every part; at experts, for each of them."""
+    for part in parts:
+        cores = {name: part.tensors[name] for name in names}
+        several = part.site.experts is not None
+        for e in range(part.site.experts or 1):
+            one = [core[e] if several else core for core in cores.values()]
+            for core, new in zip(one, rounded(one, tolerance), strict=True):
+                core.copy_(new)
+        for name, core in cores.items():
+            part.restart(name, torch.ones_like(core, dtype=torch.bool))  # its entries mean something else now

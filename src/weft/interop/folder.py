@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from weft.adapter import (
     CONFIG,
+    FORMAT,
     INFO,
     TENSORS,
     AdapterFileError,
@@ -35,7 +37,7 @@ from weft.interop import peft
 from weft.registry import method_from_spec
 from weft.targets import Plan, PlannedSite, candidates, site_of, structure
 
-__all__ = ["load", "save"]
+__all__ = ["Opened", "load", "open_folder", "save"]
 
 Format = Literal["auto", "weft", "peft"]
 
@@ -47,16 +49,24 @@ def save(
     *,
     format: Format = "auto",
     provenance: Mapping[str, Any] | None = None,
+    held: tuple[Mapping[str, Tensor], Mapping[str, str]] | None = None,
 ) -> Path:
     """Write one adapter as a folder; a folder that is there is replaced in one step.
 
     format: "peft" writes the layout that HF PEFT, vLLM and the Hub read; "weft" the native one, which every method has;
         "auto" is "peft" where that is a mere renaming of the same bits, else "weft". `weft.json` is always beside it.
     provenance: facts to keep with it (data and recipe fingerprints, seeds, metrics, parents).
+    held: what the file holds instead of the adapter's native tensors, and the facts that say how these are read out of
+        it (`weft.compress.packed`, `weft.borrowed.lent`).
     """
     record, name = _record(model, name)
     if (merged := weave_of(model).merged) is not None:
         raise AdapterError(f"{merged!r} is merged into the weights; unmerge before saving, so that the base is known")
+    if held is not None:
+        if format == "peft":
+            raise AdapterFileError(f"{name!r} cannot be written as a PEFT folder: PEFT reads no packed tensors")
+        info = {**describe(model, record, "weft", provenance or {}), "format": FORMAT}
+        return write_folder(Path(path), {INFO: json.dumps(info) + "\n"}, *held)
     reason = peft.cannot_write(model, record) if format != "weft" else "the native layout was asked for"
     if format == "peft" and reason is not None:
         raise AdapterFileError(f"{name!r} cannot be written as a PEFT folder: {reason}; save it with format='weft'")
@@ -86,7 +96,11 @@ def load(
     Raises AdapterFileError, before anything is changed, for a missing or extra tensor, a wrong shape, or another base.
     """
     with _no_collection():
-        return _load(model, Path(path), name, any_base=any_base, dtype=dtype)
+        opened = open_folder(model, path, name, any_base=any_base, dtype=dtype)
+        attach_plan(model, opened.plan, tensors=opened.tensors, shared=opened.shared)
+    if weave_of(model).route is None and weave_of(model).merged is None:
+        use(model, opened.plan.name)
+    return opened.plan
 
 
 @contextmanager
@@ -102,7 +116,25 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _load(model: nn.Module, folder: Path, name: str | None, *, any_base: bool, dtype: torch.dtype | None) -> Plan:
+@dataclass(frozen=True)
+class Opened:
+    """What a folder puts on a model: the plan, and every tensor by address and by what sites share."""
+
+    plan: Plan
+    tensors: Mapping[str, Mapping[str, Tensor | Frozen]]
+    shared: Mapping[str, Mapping[str, Tensor | Frozen]]
+
+
+def open_folder(
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    any_base: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Opened:
+    """What `load` would put on a model, which stays as it is; raises what `load` raises."""
+    folder = Path(path)
     if not folder.is_dir():
         raise AdapterFileError(f"{folder} is not a folder; an adapter is a folder with {TENSORS}")
     info = read_info(folder)
@@ -121,10 +153,7 @@ def _load(model: nn.Module, folder: Path, name: str | None, *, any_base: bool, d
         raise AdapterFileError(
             f"{folder} has tensors for {', '.join(extra[:3])}, which its specification does not name"
         )
-    attach_plan(model, plan, tensors=own, shared=_checked_shared(plan, stored.shared, folder))
-    if weave_of(model).route is None and weave_of(model).merged is None:
-        use(model, plan.name)
-    return plan
+    return Opened(plan, own, _checked_shared(plan, stored.shared, folder))
 
 
 def _same_base(model: nn.Module, base: Mapping[str, Any], folder: Path) -> None:
@@ -205,11 +234,8 @@ def _checked(
 def _checked_shared(
     plan: Plan, shared: Mapping[str, Mapping[str, Tensor]], folder: Path
 ) -> dict[str, dict[str, Tensor | Frozen]]:
-    found = {}
-    for method in {s.method.name: s.method for s in plan.sites}.values():
-        sites = [s.site for s in plan.sites if s.method.name == method.name]
-        expected = method.shared(sites) if type(method).shared is not Method.shared else {}
-        if expected or method.name in shared:
-            where = f"shared.{method.name}"
-            found[method.name] = matched(expected, shared.get(method.name, {}), where, folder, sites[0].device, None)
-    return found
+    expected, device = plan.shared("meta"), plan.sites[0].site.device
+    return {
+        name: matched(expected.get(name, {}), shared.get(name, {}), f"shared.{name}", folder, device, None)
+        for name in expected.keys() | shared.keys()
+    }

@@ -7,23 +7,24 @@ from typing import Literal
 import torch
 
 from weft.core import Frozen, Method, option
+from weft.core.entries import scattered
 
 
 @dataclass(frozen=True)
 class SHiRA(Method):
     """y = W x + S x,  S zero but for R (O + I) trained entries: as many numbers as a LoRA of the same rank has.
 
-    mask: `random`; the largest by `magnitude` |W|, `gradient` |dL/dW| or `snip` |W dL/dW|; or `structured`, the
-    diagonal (of high rank) and evenly spaced rows (of low rank). Bhardwaj et al. 2024, arXiv 2406.13175.
+    mask: `random`; the largest by `magnitude` |W|, `gradient` |g|, `snip` |W g| or `grasp` W H g (Wang et al. 2020,
+    2002.07376); `structured`: the diagonal and evenly spaced rows. Bhardwaj et al. 2024, arXiv 2406.13175.
     """
 
     name = "shira"
     paper = "2406.13175"
     rank: int = option(8, help="train rank x (O + I) entries", minimum=1)
-    mask: Literal["random", "magnitude", "gradient", "snip", "structured"] = option("random", help="which entries")
+    mask: Literal["random", "magnitude", "gradient", "snip", "grasp", "structured"] = option("random", help="which")
 
     def needs(self):
-        return frozenset({"gradient"} if self.mask in ("gradient", "snip") else ())
+        return frozenset({"grasp": ["curvature"], "gradient": ["gradient"], "snip": ["gradient"]}.get(self.mask, ()))
 
     def check(self, site):
         rows, columns = site.out_features, math.prod(site.shape[1:])
@@ -40,21 +41,20 @@ class SHiRA(Method):
         return {"values": site.zeros(indices.shape[1]), "indices": Frozen(indices)}
 
     def coefficients(self, t, op):
-        columns = math.prod(op.site.shape[1:])
-        rows_first = t["indices"][0].long() * columns + t["indices"][1].long()
-        flat = t["values"].new_zeros(math.prod(op.site.shape)).scatter(0, rows_first, t["values"])
-        return {"S": flat.view(op.site.shape)}  # [O, I, *kernel]
+        row, column = t["indices"].long()
+        return {"S": scattered(t["values"], row * math.prod(op.site.shape[1:]) + column, op.site.shape)}
 
     def forward(self, c, x, op):
         return op.with_delta(x, c["S"])
 
-    def _score(self, site, op):
-        """What ranks the entries, [O, I * kernel]."""
+    def _score(self, site, op):  # what ranks the entries, [O, I * kernel]
         rows, columns = site.out_features, math.prod(site.shape[1:])
         if self.mask == "random":
             return site.uniform(rows, columns, bound=1.0)
         if self.mask == "structured":
             spread = torch.arange(rows, device=site.device) * self.rank % rows  # a row is early where this is small
             return torch.eye(rows, columns, device=site.device) * 2 * rows - spread[:, None]
+        if self.mask == "grasp":
+            return op.weight() * op.curvature()
         by_weight = 1 if self.mask == "gradient" else op.weight().abs()
         return by_weight * (1 if self.mask == "magnitude" else op.gradient().abs())

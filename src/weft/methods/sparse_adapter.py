@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from weft.core import Frozen, Method, option
+from weft.core.pruning import SCORES, prune
 from weft.core.two_layers import Activation, Placement, largest, start, through, width_of
 
 
@@ -14,8 +15,9 @@ class SparseAdapter(Method):
     """h = y + s ((M_u * U) f((M_d * D) z + d) + u),  z = y or x,  y = W x, or a block of x;  M are 0 or 1 and stay.
 
     random: any entries; magnitude: the largest of D, and any of U, whose start is zero; of each matrix a share
-    1 - sparsity is left. snip: the largest |dL/dw w| of all D and U of the adapter together, found after `score_steps`
-    steps: in the start every entry of D has no gradient, and every one of U is zero.
+    1 - sparsity is left. snip: the largest |dL/dw w| of all D and U of the adapter together; synflow: those that most
+    of 1^T |U| |D| 1 goes through. Both are found after `score_steps` steps: in the start every entry of D has no
+    gradient, and every one of U is zero.
 
     He et al. 2022, arXiv 2210.04284.
     """
@@ -25,8 +27,10 @@ class SparseAdapter(Method):
     kinds = frozenset({"linear", "block"})
     default_targets = "mlp-blocks"
     sparsity: float = option(0.8, help="share of the entries of D and U that are pruned", minimum=0, maximum=0.999)
-    score: Literal["random", "magnitude", "snip"] = option("snip", help="what decides which entries are kept")
-    score_steps: int = option(10, help="steps of training before snip prunes", minimum=2)
+    score: Literal["random", "magnitude", "snip", "synflow"] = option(
+        "snip", help="what decides which entries are kept"
+    )
+    score_steps: int = option(10, help="steps of training before snip or synflow prunes", minimum=2)
     placement: Placement = option("sequential", help="read the map's result, or its input")
     width: int | None = option(None, help="size of the bottleneck, instead of reduction_factor", minimum=1)
     reduction_factor: float = option(16.0, help="what the number of channels it reads is divided by", minimum=1)
@@ -38,7 +42,7 @@ class SparseAdapter(Method):
         for name in ("down", "up"):
             score = site.uniform(*t[name].shape, bound=1.0, salt=f"{name} score")
             score = t[name].abs() if self.score == "magnitude" and name == "down" else score
-            kept = torch.ones_like(score) if self.score == "snip" else largest(score, 1 - self.sparsity)
+            kept = torch.ones_like(score) if self.score in SCORES else largest(score, 1 - self.sparsity)
             t[f"{name}_mask"] = Frozen(kept)
         return t
 
@@ -50,11 +54,5 @@ class SparseAdapter(Method):
         return y + self.scale * through(op, y if self.placement == "sequential" else x, c, self.activation)
 
     def evolve(self, parts, progress):
-        if self.score != "snip" or progress.step != min(self.score_steps, progress.num_steps):
-            return
-        places = [(part, name) for part in parts for name in ("down", "up")]
-        scores = [(p.tensors[name].grad * p.tensors[name]).abs() for p, name in places]
-        kept = largest(torch.cat([s.flatten() for s in scores]), 1 - self.sparsity).split([s.numel() for s in scores])
-        for (part, name), mask in zip(places, kept, strict=True):
-            part.tensors[f"{name}_mask"].copy_(mask.view_as(part.tensors[name]))
-            part.restart(name, part.tensors[f"{name}_mask"] == 0)
+        if self.score in SCORES and progress.step == min(self.score_steps, progress.num_steps):
+            prune(parts, self.score, 1 - self.sparsity)

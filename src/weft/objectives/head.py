@@ -21,7 +21,7 @@ from weft.attach import using
 from weft.core.plain import is_plain
 from weft.core.route import Rows, names
 from weft.errors import WeftError
-from weft.kinds.seat import Woven, WovenForward, base_class
+from weft.kinds.seat import Woven, WovenForward, base_class, prove
 from weft.objectives.fused import Shaping, fused_losses, losses_of
 
 __all__ = ["Head", "chunk_tokens", "find_head", "head_in_chunks", "hidden_states", "token_losses", "trained_tokens"]
@@ -172,6 +172,8 @@ def _adapted(module: Woven) -> bool:
 def _listening(module: nn.Module, listener: _Listener) -> Iterator[None]:
     own = module.__dict__
     before = own.get("forward")
+    for seat in module.seats.values() if isinstance(module, Woven) else ():
+        prove(seat)  # the listener is called in its place
     own["forward"] = listener
     try:
         yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,13 @@ def mirrored(kind: str, other: str, tensors: Mapping[str, Tensor]) -> dict[str, 
     return {"A": tensors["B"].mT.contiguous(), "B": tensors["A"].mT.contiguous()}
 
 
-def drop_mirrored(found: dict[str, tuple[Place, dict[str, Tensor]]], places: Places, folder: Path) -> str:
-    """With `ensure_weight_tying`: leave one of two sites that share a weight; returns how ties are to be treated."""
+def drop_mirrored(
+    found: dict[str, tuple[Place, dict[str, Tensor]]], places: Places, folder: Path, named: Collection[str]
+) -> str:
+    """With `ensure_weight_tying`: leave one of two sites that share a weight; returns how ties are to be treated.
+
+    named: the addresses that weft.json has; of two the embedding stays, unless the head alone is named.
+    """
     tied = "separate"
     for address, (place, own) in [*found.items()]:
         for other in followers(place, places):
@@ -92,7 +97,8 @@ def drop_mirrored(found: dict[str, tuple[Place, dict[str, Tensor]]], places: Pla
                 raise AdapterFileError(
                     f"{folder}: ensure_weight_tying=True, and the tensors of {address} and {other.address} differ"
                 )
-            del found[other.address]
+            head_only = other.address in named and address not in named
+            del found[address if head_only else other.address]
             tied = "share"
     return tied
 

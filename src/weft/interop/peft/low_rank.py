@@ -33,10 +33,11 @@ class LoRA(Family):
         {
             "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
             "target_parameters", "ensure_weight_tying", "use_dora", "megatron_core", "qalora_group_size",
+            "alora_invocation_tokens",
         }
     )  # fmt: skip
     neutral = NO_BIAS
-    expressed = ("rank", "alpha", "rank_stabilised", "dropout")
+    expressed: ClassVar[tuple[str, ...]] = ("rank", "alpha", "rank_stabilised", "dropout", "invocation_tokens")
     takes_parameters = True
 
     @classmethod
@@ -64,8 +65,14 @@ class LoRA(Family):
                 "rank_stabilised": bool(config.get("use_rslora")),
                 "dropout": float(config.get("lora_dropout", 0.0)),
                 **self.start(config),
+                **self.invocation(config),
             }
         )
+
+    def invocation(self, config: Config) -> dict[str, Any]:
+        """From which tokens on it applies (PEFT's activated LoRA)."""
+        tokens = config.get("alora_invocation_tokens")
+        return {"invocation_tokens": tuple(tokens)} if tokens else {}
 
     def start(self, config: Config) -> dict[str, Any]:
         """How the adapter began: it matters where it edited the base, which here it does not."""
@@ -115,6 +122,7 @@ class LoRA(Family):
 
     def options(self, sites: Sequence[tuple[Place, Any]], places: Places) -> dict[str, Any]:
         stabilised, dropout = uniform((m for _, m in sites), "rank_stabilised", "dropout")
+        tokens = self.tokens(sites)
         if dropout and any(p.is_parameter for p, _ in sites):
             raise Unwritable(f"dropout={dropout}: PEFT has no dropout at bare parameters such as fused experts")
         names = {id(p): p.address if p.is_parameter else p.path for p, _ in sites}
@@ -122,7 +130,7 @@ class LoRA(Family):
         alpha, alphas = exceptions({names[id(p)]: number(_alpha(m)) for p, m in sites})
         found = {
             "r": rank, "rank_pattern": ranks, "lora_alpha": alpha, "alpha_pattern": alphas, "use_rslora": stabilised,
-            "lora_dropout": dropout, **transposed(sites),
+            "lora_dropout": dropout, "alora_invocation_tokens": tokens, **transposed(sites),
         }  # fmt: skip
         modules = [p.path for p, _ in sites if not p.is_parameter]
         found["target_modules"] = target_modules(modules, places)
@@ -131,6 +139,14 @@ class LoRA(Family):
         if len(starts) == 1 and starts < {"normal", "orthogonal"} and all(is_linear(p) for p, _ in sites):
             found["init_lora_weights"] = "gaussian" if starts == {"normal"} else "orthogonal"
         return {k: v for k, v in found.items() if v or k in ("r", "lora_alpha", "target_modules")}
+
+    def tokens(self, sites: Sequence[tuple[Place, Any]]) -> list[int]:
+        """The tokens from which on all these sites apply, if any."""
+        (tokens,) = uniform((m for _, m in sites), "invocation_tokens")
+        for place, _ in sites:
+            if tokens and (place.is_parameter or place.offer.kind != "linear"):
+                raise Unwritable(f"invocation_tokens: PEFT has them at linear layers only, and {place.path} is none")
+        return [*tokens]
 
     def write(self, place: Place, own: Tensors, method: Any) -> dict[str, Tensor]:
         a, b = own["A"], own["B"]
@@ -157,6 +173,7 @@ class DoRA(LoRA):
 
     method = "dora"
     leaves = (*LoRA.leaves, "lora_magnitude_vector")
+    expressed = ("rank", "alpha", "rank_stabilised", "dropout")
     takes_parameters = False
 
     @classmethod
@@ -170,6 +187,14 @@ class DoRA(LoRA):
                 "DoRA does not do; save the adapter again with PEFT's path_initial_model_for_weight_conversion"
             )
         return {}
+
+    def invocation(self, config: Config) -> dict[str, Any]:
+        if config.get("alora_invocation_tokens"):
+            raise AdapterFileError("alora_invocation_tokens with use_dora=True: Weft's DoRA applies to all tokens")
+        return {}
+
+    def tokens(self, sites: Sequence[tuple[Place, Any]]) -> list[int]:
+        return []
 
     def read(self, config: Config, place: Place, found: Tensors, method: Any) -> dict[str, Tensor]:
         t = super().read(config, place, found, method)

@@ -41,7 +41,7 @@ def from_peft(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], inf
     for address, (place, own) in heads.items():
         if info is None or address in said or not _untrained(place, own):
             found[address], methods[address] = (place, own), method_class("full")()
-    tied = drop_mirrored(found, places, folder) if config.get("ensure_weight_tying") else "separate"
+    tied = drop_mirrored(found, places, folder, said) if config.get("ensure_weight_tying") else "separate"
     order = [*said] if info is not None else sorted(found, key=lambda a: places.order(found[a][0]))
     sites: dict[str, dict[str, Any]] = {}
     for address in filter(None, order):
