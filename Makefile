@@ -64,7 +64,7 @@ clean: ## remove .venv, caches and what was built (runs and adapters stay)
 
 .venv/set-up-test: .venv/made $(PINNED)
 	@echo "installing Weft, its pinned dependencies and the tools of its tests (a few minutes the first time)"
-	@$(INSTALL) --editable ".[quant,minilm,tensorboard,compare,test,dev]"
+	@$(INSTALL) --editable ".[quant,minilm,tensorboard,compare,transport,test,dev]"
 	@touch $@ .venv/set-up-demo
 
 .venv/set-up-docs: .venv/made $(PINNED)

@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from weft.attach import attach_plan, records, weave_of
-from weft.combine import Rule, rules
-from weft.core.method import Frozen
+from weft.combine import Rule, RuleError, rules
+from weft.core.method import Frozen, Method
 from weft.core.site import Site
 from weft.core.thin import nearest as nearest_of_rank
 from weft.core.thin import rank_for, singular
 from weft.differences import Difference, difference, flat, with_kernel
 from weft.errors import AdapterError, nearest
 from weft.registry import method_from_spec
-from weft.targets import Plan, resolve
+from weft.targets import Plan
 
-__all__ = ["Combination", "combine", "rule_of"]
+__all__ = ["Combination", "Weight", "combine", "rule_of", "said_weight"]
 
+Weight = float | Mapping[str, float]
+"""What an adapter counts: one number, or one for each address."""
+
+_Spectrum = tuple[Tensor, Tensor, Tensor]  # U [..., O, N], s [..., N], V [..., N, I]
+_AT_ONCE = 32  # sites that are decomposed together
 _ROUNDING = 1e-6  # of a matrix's norm: what a sum of low-rank matrices may lose where its rank is smaller than theirs
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What was made. losses: by address, what part of the combined change's norm the adapter does not hold."""
+    """What was made. losses: by address, what part of the combined change's norm the adapter lacks; note: more."""
 
     plan: Plan
     rule: Rule
-    parents: Mapping[str, float]
+    parents: Mapping[str, Weight]
     losses: Mapping[str, float]
+    note: str = ""
 
     @property
     def loss(self) -> float:
@@ -41,35 +48,40 @@ class Combination:
         return max(self.losses.values(), default=0.0)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{weight:g} x {name}" for name, weight in self.parents.items())
-        worst = max(self.losses, key=lambda address: self.losses[address])
+        parts = ", ".join(f"{said_weight(weight)} x {name}" for name, weight in self.parents.items())
+        worst = max(self.losses, key=lambda address: self.losses[address], default="")
+        lost = f"lost of the combined change: at most {self.loss:.2%} of its norm ({worst})"
         ranks = sorted({getattr(s.method, "rank", 0) for s in self.plan.sites} - {0})
         size = f"{self.plan.num_parameters:,} parameters"
-        held = (
-            f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "full weights"
-        )
-        return (
-            f"{self.plan.name} = {self.rule.name}({parts}): {held}, {size}\n"
-            f"lost of the combined change: at most {self.loss:.2%} of its norm ({worst})"
-        )
+        full = "full weights" if any(s.method.name == "full" for s in self.plan.sites) else self.plan.method.name
+        held = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else full
+        return f"{self.plan.name} = {self.rule.name}({parts}): {held}, {size}\n{self.note or lost}"
+
+
+def said_weight(weight: Weight) -> str:
+    """A weight in words: one number, or the mean and what the numbers lie between."""
+    if isinstance(weight, int | float):
+        return f"{weight:g}"
+    values = [*weight.values()]
+    return f"({min(values):.3g} to {max(values):.3g}, mean {sum(values) / len(values):.3g})"
 
 
 def rule_of(name: str, options: Mapping[str, Any] | None = None) -> Rule:
-    """A rule by name, with options; ValueError names the nearest for one that is not there."""
+    """A rule by name, with options; RuleError names the nearest for one that is not there."""
     known = rules()
     if name not in known:
-        raise ValueError(f"there is no rule {name!r}; {nearest(name, known)}")
+        raise RuleError(f"there is no rule {name!r}; {nearest(name, known)}")
     fields = [f.name for f in dataclasses.fields(known[name])]
     for key in options or {}:
         if key not in fields:
-            raise ValueError(f"{name} has no option {key!r}; {nearest(key, fields) if fields else 'it has none'}")
+            raise RuleError(f"{name} has no option {key!r}; {nearest(key, fields) if fields else 'it has none'}")
     return known[name](**(options or {}))
 
 
 @torch.no_grad()
 def combine(
     model: nn.Module,
-    adapters: Mapping[str, float] | Sequence[str],
+    adapters: Mapping[str, Weight] | Sequence[str],
     rule: str | Rule = "task_arithmetic",
     *,
     name: str,
@@ -79,8 +91,9 @@ def combine(
 ) -> Combination:
     """Put a new adapter on a model that is made of others which it carries, of any methods that merge.
 
-    adapters: {name: weight}, or names that all weigh 1. rule: a name or a rule with options (`weft.combining.rule_of`);
-        it is applied to what the adapters change, site by site, with no change as the base.
+    adapters: {name: weight}, or names that all weigh 1; a weight may be {address: weight} over all sites.
+    rule: a name or a rule with options (`weft.combining.rule_of`); it is applied to what the adapters change, site by
+        site, with no change as the base.
     rank: of the new adapter at every site. loss: instead, the smallest rank at each site that loses at most this part
         of the combined change's norm. By default a sum of low-rank changes keeps all of it, another rule's result gets
         the largest rank of its parents, and dense changes stay dense (the method `full`).
@@ -89,33 +102,68 @@ def combine(
     Raises AdapterError for an adapter that no weight can express, and before anything is changed.
     """
     rule = rule_of(rule) if isinstance(rule, str) else rule
-    parents = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+    parents: dict[str, Weight] = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
     _check(model, parents, rule, rank, loss)
-    shares = rule.factors(tuple(map(float, parents.values())))
-    if shares is not None and sorted(s for s in shares if s) == [1.0] and rank is None and loss is None:
-        return _copied(model, [*parents][shares.index(1.0)], name, rule, parents)
-    task = _Task(parents, rule, shares, torch.Generator().manual_seed(seed), rank, loss)
-    made: dict[str, _Made] = {}
+    one = None if rank is not None or loss is not None else _only(parents, rule)
+    if one is not None:
+        return _copied(model, one, name, rule, parents)
+    generator = torch.Generator().manual_seed(seed)
+    tasks: dict[str, _Task] = {}
     for address, seat in weave_of(model).seats.items():
         here = {n: difference(seat, n) for n in parents if n in seat.adapters}
         if here:
-            made[address] = _at(seat.site, here, task)
+            weights = {n: _weight_at(n, w, address, n in here) for n, w in parents.items()}
+            shares = rule.factors(tuple(weights.values()))
+            tasks[address] = _Task(seat.site, here, weights, rule, shares, generator, rank, loss)
+    thin = _thin({address: task for address, task in tasks.items() if task.is_thin})
+    made = {address: thin[address] if address in thin else _at(task) for address, task in tasks.items()}
     shared = any(records(model)[parent].plan.tied == "share" for parent in parents)
-    plan = _plan(model, name, made, tied="share" if shared else "separate")
+    plan = _plan(model, name, made, parents, "share" if shared else "separate")
     attach_plan(model, plan, tensors={a: _tensors(model, a, m) for a, m in made.items()})
     return Combination(plan, rule, parents, {a: m.loss for a, m in made.items()})
 
 
+def _only(parents: Mapping[str, Weight], rule: Rule) -> str | None:
+    """The one adapter that counts in a sum, where it counts by 1."""
+    plain = [float(w) for w in parents.values() if isinstance(w, int | float)]
+    shares = rule.factors(tuple(plain)) if len(plain) == len(parents) else None
+    if shares is None or sorted(s for s in shares if s) != [1.0]:
+        return None
+    return [*parents][shares.index(1.0)]
+
+
+def _weight_at(name: str, weight: Weight, address: str, here: bool) -> float:
+    if isinstance(weight, int | float):
+        return float(weight)
+    if address not in weight and here:
+        raise RuleError(f"the weights of {name} by site lack {address}; give one for every site that it adapts")
+    return float(weight.get(address, 1.0))
+
+
 @dataclass(frozen=True)
 class _Task:
-    """What was asked for. shares: what each change is multiplied by, where the rule is a sum."""
+    """What was asked for, at one site. here: what the parents that are there change; shares: what each change is
+    multiplied by, where the rule is a sum."""
 
+    site: Site
+    here: Mapping[str, Difference]
     parents: Mapping[str, float]
     rule: Rule
     shares: Sequence[float] | None
     generator: torch.Generator
     rank: int | None
     loss: float | None
+
+    @property
+    def is_thin(self) -> bool:
+        """Whether the result is a sum of pairs of thin matrices."""
+        return self.shares is not None and all(d.factored for d in self.here.values())
+
+    def sum(self) -> tuple[Tensor, Tensor]:
+        """b [O, R] and a [R, I] of that sum."""
+        share = dict(zip(self.parents, self.shares or (), strict=True))
+        b = torch.cat([share[n] * self.wide(d.b) for n, d in self.here.items()], -1)
+        return b, torch.cat([flat(self.wide(d.a), self.site) for d in self.here.values()], -2)
 
     def ruled(self, changes: Sequence[Tensor]) -> Tensor:
         zero = torch.zeros_like(changes[0])
@@ -137,41 +185,77 @@ class _Made:
     shift: Tensor | None
     loss: float
 
-    def spec(self) -> dict[str, Any]:
-        if self.b is None:
-            return {"method": "full"}
-        return {"method": "lora", "rank": self.b.shape[-1], "alpha": float(self.b.shape[-1])}
 
-
-def _at(site: Site, here: Mapping[str, Difference], task: _Task) -> _Made:
-    """The rule on what the parents change at one site; of a parent that is not here, on no change."""
-    shift = _shift(site, here, task)
-    factored = all(d.factored for d in here.values())
-    if task.shares is not None and factored:
-        found, size = _summed(site, here, task), None
+def _at(task: _Task) -> _Made:
+    """The rule on dense changes at one site; of a parent that is not here, on no change."""
+    dense, shift = _ruled(task.site, task.here, task), _shift(task.site, task.here, task)
+    factored = all(d.factored for d in task.here.values())
+    if dense.ndim < 2 or shift is not None or not (factored or task.rank or task.loss is not None):
+        return _Made(None, None, dense, shift, 0.0)
+    found = _spectrum(flat(dense, task.site))
+    if task.loss is not None:
+        rank = rank_for(found[1], task.loss)
     else:
-        dense = _ruled(site, here, task)
-        if dense.ndim < 2 or shift is not None or not (factored or task.rank or task.loss is not None):
-            return _Made(None, None, dense, shift, 0.0)
-        found = torch.linalg.svd(flat(dense, site), full_matrices=False)
-        size = max((d.b.shape[-1] for d in here.values() if d.b is not None), default=1)
-    if shift is not None:  # a low-rank adapter has no bias of its own
-        u, s, v = found
-        return _Made(None, None, with_kernel(u * s.unsqueeze(-2) @ v, site), shift, 0.0)
-    if task.rank is not None or (size is not None and task.loss is None):
-        rank = task.rank or size
-    else:
-        rank = rank_for(found[1], _ROUNDING if task.loss is None else task.loss)
-    b, a, lost = nearest_of_rank(*found, min(rank or 1, found[1].shape[-1]))
-    return _Made(b, with_kernel(a, site), None, None, lost)
+        rank = task.rank or max((d.b.shape[-1] for d in task.here.values() if d.b is not None), default=1)
+    b, a, lost = nearest_of_rank(*found, min(rank, found[1].shape[-1]))
+    return _Made(b, with_kernel(a, task.site), None, None, lost)
 
 
-def _summed(site: Site, here: Mapping[str, Difference], task: _Task) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular vectors and values of a sum of low-rank changes."""
-    share = dict(zip(task.parents, task.shares or (), strict=True))
-    b = torch.cat([share[n] * task.wide(d.b) for n, d in here.items()], -1)
-    a = torch.cat([flat(task.wide(d.a), site) for d in here.values()], -2)
-    return singular(b, a)
+def _thin(tasks: Mapping[str, _Task]) -> dict[str, _Made]:
+    """Sums of pairs of thin matrices at their sites, those of one shape at once."""
+    alike: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
+    for address, task in tasks.items():
+        b, a = task.sum()
+        alike.setdefault((b.shape, a.shape, b.dtype, b.device), []).append((address, b, a))
+    made: dict[str, _Made] = {}
+    for sums in alike.values():
+        for start in range(0, len(sums), _AT_ONCE):
+            addresses, bs, as_ = zip(*sums[start : start + _AT_ONCE], strict=True)
+            task = tasks[addresses[0]]
+            found = _truncated(
+                torch.stack(bs), torch.stack(as_), task.rank, _ROUNDING if task.loss is None else task.loss
+            )
+            made |= {address: _written(tasks[address], *one) for address, one in zip(addresses, found, strict=True)}
+    return made
+
+
+def _truncated(b: Tensor, a: Tensor, rank: int | None, loss: float) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """b a of every site [S, ...] as thin as asked: of a rank, or of the smallest that loses at most `loss`."""
+    u, s, v = singular(b, a)
+    root = s.sqrt()
+    wide, tall = u * root.unsqueeze(-2), root.unsqueeze(-1) * v
+    left = s.square().flip(-1).cumsum(-1).flip(-1)  # [S, ..., N], of the squared norm, without the first n
+    whole = left[..., :1].clamp(min=torch.finfo(s.dtype).tiny)
+    needed = (left.sqrt() > loss * whole.sqrt()).sum(-1)  # [S, ...]
+    ranks = needed.view(len(s), -1).amax(1).clamp(min=1).tolist()  # of experts, the one that needs most
+    shares = left.view(len(s), -1, s.shape[-1]).sum(1)  # [S, N]
+    lost = (shares / shares[:, :1].clamp(min=torch.finfo(s.dtype).tiny)).sqrt().tolist()
+    for i, found in enumerate(ranks):
+        kept = min(rank or found, s.shape[-1])
+        yield wide[i][..., :kept], tall[i][..., :kept, :], lost[i][kept] if kept < s.shape[-1] else 0.0
+
+
+def _written(task: _Task, b: Tensor, a: Tensor, lost: float) -> _Made:
+    shift = _shift(task.site, task.here, task)
+    if shift is None:
+        return _Made(b, with_kernel(a, task.site), None, None, lost)
+    return _Made(None, None, with_kernel(b @ a, task.site), shift, 0.0)  # a low-rank adapter has no bias of its own
+
+
+def _spectrum(m: Tensor) -> _Spectrum:
+    """The singular vectors and values of matrices [..., O, I], through the smaller of m m^T and m^T m in float64.
+
+    That is a few times faster than decomposing m, and u diag(s) v is m whatever the small values have lost: v is u^T m.
+    """
+    if m.shape[-2] > m.shape[-1]:
+        v, s, u = _spectrum(m.mT)
+        return u.mT, s, v.mT
+    wide = m.double()
+    values, u = torch.linalg.eigh(wide @ wide.mT)  # ascending
+    s = values.clamp(min=0).flip(-1).sqrt()
+    u = u.flip(-1)
+    v = u.mT @ wide / s.clamp(min=torch.finfo(m.dtype).tiny).unsqueeze(-1)
+    return u.to(m.dtype), s.to(m.dtype), v.to(m.dtype)
 
 
 def _ruled(site: Site, here: Mapping[str, Difference], task: _Task) -> Tensor:
@@ -211,17 +295,27 @@ def _tensors(model: nn.Module, address: str, made: _Made) -> dict[str, Tensor | 
     return found
 
 
-def _plan(model: nn.Module, name: str, made: Mapping[str, _Made], tied: str) -> Plan:
+def _plan(model: nn.Module, name: str, made: Mapping[str, _Made], parents: Iterable[str], tied: str) -> Plan:
+    """The parents' sites with the methods that hold the result: nothing is matched anew."""
+    known = {s.site.address: s for parent in parents for s in records(model)[parent].plan.sites}
     widest = max((m.b.shape[-1] for m in made.values() if m.b is not None), default=None)
-    spec: dict[str, Any] = (
-        {"name": "full"} if widest is None else {"name": "lora", "rank": widest, "alpha": float(widest)}
-    )
-    main = method_from_spec(spec)
-    plan = resolve(model, main, {address: m.spec() for address, m in made.items()}, name=name, tied=tied)
-    return dataclasses.replace(plan, targets=[*made])
+    sites = []
+    for address, m in made.items():
+        method = _method(None if m.b is None else m.b.shape[-1])
+        if known[address].site.kind not in method.kinds:
+            kind = known[address].site.kind
+            raise AdapterError(f"{address}: {method.name} adapts no {kind}, so no adapter holds what is combined there")
+        sites.append(dataclasses.replace(known[address], method=method))
+    return Plan(name, _method(widest), tuple(sites), [*made], tied)
 
 
-def _copied(model: nn.Module, source: str, name: str, rule: Rule, parents: Mapping[str, float]) -> Combination:
+@cache
+def _method(rank: int | None) -> Method:
+    """What holds a change of a rank, or a dense one."""
+    return method_from_spec({"name": "full"} if rank is None else {"name": "lora", "rank": rank, "alpha": float(rank)})
+
+
+def _copied(model: nn.Module, source: str, name: str, rule: Rule, parents: Mapping[str, Weight]) -> Combination:
     """The same adapter under another name."""
     record = records(model)[source]
 
@@ -235,17 +329,17 @@ def _copied(model: nn.Module, source: str, name: str, rule: Rule, parents: Mappi
     return Combination(plan, rule, parents, dict.fromkeys(tensors, 0.0))
 
 
-def _check(model: nn.Module, parents: Mapping[str, float], rule: Rule, rank: int | None, loss: float | None) -> None:
+def _check(model: nn.Module, parents: Mapping[str, Weight], rule: Rule, rank: int | None, loss: float | None) -> None:
     known = records(model)
     for name in parents:
         if name not in known:
             hint = nearest(name, known) if known else "it has none"
             raise AdapterError(f"this model has no adapter {name!r}; {hint}")
     if not parents:
-        raise ValueError("there is nothing to combine: name at least one adapter")
+        raise RuleError("there is nothing to combine: name at least one adapter")
     if rank is not None and loss is not None:
-        raise ValueError("rank and loss both say how much is kept: give one of them")
+        raise RuleError("rank and loss both say how much is kept: give one of them")
     if rule.needs:
-        raise ValueError(f"{rule.name} weighs models by their {rule.needs}, which adapters alone do not have")
+        raise RuleError(f"{rule.name} weighs models by their {rule.needs}, which adapters alone do not have")
     if weave_of(model).merged is not None:
         raise AdapterError(f"{weave_of(model).merged!r} is merged into the weights; unmerge before combining")

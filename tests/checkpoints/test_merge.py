@@ -16,8 +16,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.common.language import llama
-from weft.checkpoints import CheckpointError, Weights, merge_checkpoints
+from weft.checkpoints import CheckpointError, Weights, merge, merge_checkpoints
 from weft.checkpoints.stream import Out, write_file
+from weft.combine import rules
 from weft.combining import rule_of
 
 
@@ -84,6 +85,18 @@ def test_the_files_are_mergekits(models, tmp_path, method):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", [name for name, rule in rules().items() if rule.by_entry])
+def test_pieces_of_tensors_are_merged_to_the_same_bits(models, tmp_path, rule, monkeypatch):
+    both = [models["one"], models["two"]][: rules()[rule].most]
+    base = models["base"] if rules()[rule].needs_base else None
+    for size in (1 << 18, 100):
+        monkeypatch.setattr(merge, "_PIECE", size)
+        merge_checkpoints(both, rule_of(rule), tmp_path / str(size), base=base, dtype=torch.bfloat16)
+    whole, pieces = tensors(tmp_path / str(1 << 18)), tensors(tmp_path / "100")
+    assert all(torch.equal(pieces[name], whole[name]) for name in whole)
+    assert max(t.numel() for t in whole.values()) > 100
+
+
 def test_shards_have_an_index_and_a_number_format_can_be_chosen(models, tmp_path):
     both = [models["one"], models["two"]]
     merge_checkpoints(both, rule_of("linear"), tmp_path / "out", dtype=torch.bfloat16, shard_bytes=30_000)
@@ -125,13 +138,14 @@ KILLED = """
 import sys, time
 from weft.checkpoints import merge_checkpoints
 from weft.checkpoints import merge
+from weft.combine import rules
 from weft.combining import rule_of
 one, two, base, out = sys.argv[1:]
-inner = merge._merged
+inner = merge._pieces
 def slow(*args):
     time.sleep(0.05)
     return inner(*args)
-merge._merged = slow
+merge._pieces = slow
 print("go", flush=True)
 merge_checkpoints([one, two], rule_of("dare"), out, base=base, shard_bytes=40_000)
 """
@@ -163,12 +177,12 @@ def test_a_file_is_gone_on_with_after_the_last_whole_tensor(tmp_path):
     outs = [Out(f"t{i}", (4, 3), torch.float32) for i in range(4)]
     made: list[str] = []
 
-    def make(out: Out) -> torch.Tensor:
+    def make(out: Out) -> list[torch.Tensor]:
         if out.name == "t2" and len(made) < 3:
             made.append(out.name)
             raise KeyboardInterrupt
         made.append(out.name)
-        return torch.full((4, 3), float(out.name[1]))
+        return [torch.full((n,), float(out.name[1])) for n in (7, 5)]
 
     with pytest.raises(KeyboardInterrupt):
         write_file(tmp_path / "x", outs, make)

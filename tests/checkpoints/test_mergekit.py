@@ -124,10 +124,11 @@ def test_a_stacked_model_loads(models, tmp_path):
     ("change", "said"),
     [
         ({"merge_method": "tiess"}, "there is no merge_method 'tiess'; did you mean 'ties'"),
-        ({"modules": {}}, "the key 'modules' is not read here"),
+        ({"moduls": {}}, "the key 'moduls' is not read here; did you mean 'modules'"),
+        ({"modules": {}}, "one of models, slices and modules"),
         ({"parameters": {"densty": 1}}, "has no parameter 'densty'; did you mean 'density'"),
         ({"dtype": "float33"}, "none of torch's"),
-        ({"slices": []}, "one of models and slices"),
+        ({"slices": []}, "one of models, slices and modules"),
     ],
 )
 def test_what_is_not_known_is_said(change, said, models, tmp_path):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,43 @@ from torch import Tensor
 
 from weft.base import find_base
 from weft.checkpoints.stream import Out, plan_files, write_file, write_index
+from weft.checkpoints.vocabulary import Rows
 from weft.checkpoints.weights import CheckpointError, Weights
 from weft.combine import Rule
 from weft.errors import nearest
 
-__all__ = ["BESIDE", "Merged", "Part", "Recipe", "merge_checkpoints", "open_weights", "run", "whole"]
+__all__ = [
+    "BESIDE",
+    "Made",
+    "Merged",
+    "Part",
+    "Recipe",
+    "merge_checkpoints",
+    "open_weights",
+    "refuse_taken",
+    "run",
+    "tensors_of",
+    "whole",
+]
 
 BESIDE = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*")
 """What of a checkpoint's folder a merged one needs too: configuration, tokenizer, licence; not its weights and card."""
 SHARD_BYTES = 5_000_000_000
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}  # where a tied model stores one tensor for both
 _STATE = "merging.json"
+_PIECE = 1 << 18
+"""Entries that are merged at once, a megabyte in float32."""
+_TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)|.*\.(model|tiktoken)$")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor that goes into another: the folder it comes from, its name there, its weight."""
+    """One tensor that goes into another: the folder it comes from, its name there, its weight, its rows' new order."""
 
     model: str
     name: str
     weight: float = 1.0
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -49,12 +67,16 @@ class Made:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge, tensor by tensor. folder: whose configuration and tokenizer come along; config: what changes in it."""
+    """A merge, tensor by tensor. folder: whose configuration and tokenizer come along.
+
+    config: what changes in the configuration; a.b is the key b in a. tokenizer: one that is written instead.
+    """
 
     made: tuple[Made, ...]
     folder: Path
     config: Mapping[str, Any]
     seed: int = 0
+    tokenizer: Any = None
 
     def digest(self) -> str:
         """What tells this merge from another, so that only the same one is gone on with."""
@@ -132,18 +154,12 @@ def run(
     """Carry a recipe out; see `merge_checkpoints`."""
     folder = Path(out)
     _claim(folder, recipe)
-    opened: dict[str, Weights] = {}
-
-    def read(part: Part) -> Tensor:
-        if part.model not in opened:
-            opened[part.model] = open_weights(part.model)
-        return opened[part.model].read(part.name)
-
+    read = _reader()
     by_name = {m.out.name: m for m in recipe.made}
     files = plan_files([m.out for m in recipe.made], shard_bytes)
     for count, (file, outs) in enumerate(files.items(), 1):
         try:
-            write_file(folder / file, outs, lambda o: _merged(by_name[o.name], read, recipe.seed))
+            write_file(folder / file, outs, lambda o: _pieces(by_name[o.name], read, recipe.seed))
         except OSError as error:
             raise CheckpointError(
                 f"could not write {folder / file} ({error.strerror or error}); what is done is kept: start the same "
@@ -157,13 +173,46 @@ def run(
     return Merged(folder, len(recipe.made), size, tuple(files))
 
 
-@torch.no_grad()
-def _merged(made: Made, read: Callable[[Part], Tensor], seed: int) -> Tensor:
-    """One tensor of the result."""
+def tensors_of(recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the result by name, made as `run` makes it when it is its turn."""
+    read = _reader()
+    for made in recipe.made:
+        flat = torch.cat([*_pieces(made, read, recipe.seed)])
+        yield made.out.name, flat.view(made.out.shape)
+
+
+def _reader() -> Callable[[Part], Tensor]:
+    opened: dict[str, Weights] = {}
+
+    def stored(model: str, name: str) -> Tensor:
+        if model not in opened:
+            opened[model] = open_weights(model)
+        return opened[model].read(name)
+
+    def read(part: Part) -> Tensor:
+        found = stored(part.model, part.name)
+        return found if part.rows is None else part.rows.of(found, lambda model: stored(model, part.name))
+
+    return read
+
+
+def _pieces(made: Made, read: Callable[[Part], Tensor], seed: int) -> Iterator[Tensor]:
+    """One tensor of the result, flat and in order; in pieces that fit the processor's cache, where the rule allows."""
     generator = torch.Generator().manual_seed(_seed(seed, made.out.name)) if made.rule.random else None
     weights = [part.weight for part in made.parts] if made.rule.weighted else None
     base = None if made.base is None else read(made.base)
-    return made.rule([read(p) for p in made.parts], weights=weights, base=base, generator=generator)
+    tensors = [read(part) for part in made.parts]
+    if not made.rule.by_entry:
+        with torch.no_grad():
+            found = made.rule(tensors, weights=weights, base=base, generator=generator)
+            yield found.to("cpu", made.out.dtype).contiguous().view(-1)
+        return
+    flat, start = [t.reshape(-1) for t in tensors], None if base is None else base.reshape(-1)
+    for at in range(0, flat[0].numel(), _PIECE):
+        here = slice(at, at + _PIECE)
+        with torch.no_grad():
+            piece = made.rule([t[here] for t in flat], weights=weights, base=None if start is None else start[here])
+            yield piece.to("cpu", made.out.dtype)
 
 
 def _seed(seed: int, name: str) -> int:
@@ -211,24 +260,35 @@ def _config(dtype: torch.dtype | None) -> dict[str, Any]:
 def _claim(folder: Path, recipe: Recipe) -> None:
     """The folder for this merge: a new one, or the same merge's that was interrupted."""
     state = folder / _STATE
-    if folder.exists() and any(folder.iterdir()):
-        known = json.loads(state.read_text())["digest"] if state.is_file() else None
-        if known is None:
-            raise CheckpointError(f"{folder} is there already: name a new folder for the merged checkpoint")
-        if known != recipe.digest():
-            raise CheckpointError(f"{folder} holds another merge that was interrupted: remove it, or name a new folder")
+    refuse_taken(folder)
+    if state.is_file() and json.loads(state.read_text())["digest"] != recipe.digest():
+        raise CheckpointError(f"{folder} holds another merge that was interrupted: remove it, or name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     state.write_text(json.dumps({"digest": recipe.digest()}))
+
+
+def refuse_taken(folder: Path) -> None:
+    """CheckpointError for a folder that holds anything but a merge that was interrupted."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / _STATE).is_file():
+        raise CheckpointError(f"{folder} is there already: name a new folder for the merged checkpoint")
 
 
 def _beside(recipe: Recipe, folder: Path) -> None:
     for pattern in BESIDE:
         for path in recipe.folder.glob(pattern):
-            if not path.name.endswith(".index.json"):
+            if not path.name.endswith(".index.json") and (recipe.tokenizer is None or not _TOKENIZER.match(path.name)):
                 shutil.copyfile(path, folder / path.name)
+    if recipe.tokenizer is not None:
+        recipe.tokenizer.save_pretrained(folder)
     file = folder / "config.json"
     if recipe.config and file.is_file():
-        config = {**json.loads(file.read_text(encoding="utf-8")), **recipe.config}
+        config = json.loads(file.read_text(encoding="utf-8"))
+        for key, value in recipe.config.items():
+            *above, last = key.split(".")
+            inner = config
+            for part in above:
+                inner = inner[part]
+            inner[last] = value
         if "torch_dtype" in config and "dtype" in recipe.config:
             config["torch_dtype"] = config["dtype"]
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

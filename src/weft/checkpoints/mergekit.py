@@ -11,7 +11,9 @@ import torch
 import yaml
 
 from weft.checkpoints.merge import Made, Part, Recipe, open_weights
+from weft.checkpoints.modules import depth_key, split
 from weft.checkpoints.stream import Out
+from weft.checkpoints.vocabulary import Rows, Vocabulary, has_rows, read_vocabulary, templated
 from weft.checkpoints.weights import CheckpointError, Weights
 from weft.combine import Rule, rules
 from weft.combine.task_vectors import TaskVectors
@@ -49,8 +51,8 @@ _METHODS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 _VARIES = {"density": 1.0, "outliers": 0.01, "spread": 0.15}  # options that models may have for themselves
 _EMBEDDINGS = ("emb", "wte", "wpe")  # of what stands outside the layers, this comes before them
 _KNOWN = {
-    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "chat_template", "name",
+    "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype", "out_dtype",
+    "tokenizer_source", "tokenizer", "chat_template", "name",
 }  # fmt: skip
 
 
@@ -73,7 +75,7 @@ class _Slice:
 
 
 def read_mergekit(file: str | Path) -> Recipe:
-    """The merge that a mergekit file (0.1) describes: `models` or `slices`, with gradients and filters of parameters.
+    """The merge that a mergekit file (0.1) describes: models, slices or modules, with gradients, filters, tokenizers.
 
     Paths of models are read as they stand, from the file's folder on where they are relative and there.
     Raises CheckpointError for a key, a method or a parameter that is not known, and for models that do not fit.
@@ -84,18 +86,44 @@ def read_mergekit(file: str | Path) -> Recipe:
     if name not in _METHODS:
         raise CheckpointError(f"{path}: there is no merge_method {name!r}; {nearest(name, _METHODS)}")
     base = body.get("base_model")
-    slices = _slices(path, body, base)
-    opened = {s.model: _open(path, s.model) for each in slices for s in each.sources}
-    if base is not None and base not in opened:
-        opened[base] = _open(path, base)
-    first = base or slices[0].sources[0].model
+    opened = {model: _open(path, model) for model in _models(body, base)}
+    first = base or next(iter(opened))
     dtype = _dtype(path, body.get("out_dtype") or body.get("dtype"))
-    planner = _Planner(path, name, base, body.get("parameters") or {}, opened, dtype)
-    count = sum(s.sources[0].last - s.sources[0].first for s in slices)
     config: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    if count != opened[first].config().get("num_hidden_layers"):
-        config["num_hidden_layers"] = count
-    return Recipe(tuple(planner.made(slices)), opened[first].folder, config)
+    vocabulary = read_vocabulary(path, body, base, opened, lambda model: _open(path, model))
+    if vocabulary is not None:
+        nested = "text_config." * ("vocab_size" in opened[first].config().get("text_config", {}))
+        config[f"{nested}vocab_size"] = vocabulary.size
+    wanted = [*body["modules"]] if "modules" in body else None
+    names = {model: split(wanted, weights) for model, weights in opened.items()}
+    made: list[Made] = []
+    for module in names[first]:
+        definition = body["modules"][module] if "modules" in body else body
+        here = {model: parts[module] for model, parts in names.items() if module in parts}
+        slices = _slices(path, definition, base, here)
+        outer = tuple(d.get("parameters") or {} for d in ([definition, body] if "modules" in body else [body]))
+        made += _Planner(path, name, base, outer, opened, here, dtype, vocabulary).made(slices)
+        count, key = (
+            sum(s.sources[0].last - s.sources[0].first for s in slices),
+            depth_key(module, opened[first].config()),
+        )
+        if key is not None and count != _depth(here[first]):
+            config[key] = count
+    tokenizer = None if vocabulary is None else vocabulary.tokenizer
+    if body.get("chat_template"):
+        tokenizer = templated(path, body["chat_template"], tokenizer, opened, first)
+    return Recipe(tuple(made), opened[first].folder, config, tokenizer=tokenizer)
+
+
+def _models(body: Mapping[str, Any], base: str | None) -> list[str]:
+    """Every model that the file merges, in its order."""
+    found = dict.fromkeys(
+        source["model"]
+        for definition in ([*body["modules"].values()] if "modules" in body else [body])
+        for each in [definition.get("models") or [], *(s["sources"] for s in definition.get("slices") or [])]
+        for source in each
+    )
+    return [*found, *([base] if base is not None and base not in found else [])]
 
 
 def _body(path: Path) -> dict[str, Any]:
@@ -108,12 +136,18 @@ def _body(path: Path) -> dict[str, Any]:
     for key in body:
         if key not in _KNOWN:
             raise CheckpointError(f"{path}: the key {key!r} is not read here; {nearest(key, _KNOWN)}")
-    if ("models" in body) == ("slices" in body):
-        raise CheckpointError(f"{path}: one of models and slices is expected")
+    if sum(key in body for key in ("models", "slices", "modules")) != 1:
+        raise CheckpointError(f"{path}: one of models, slices and modules is expected")
+    for module, definition in (body.get("modules") or {}).items():
+        for key in definition:
+            if key not in (known := ("models", "slices", "parameters")):
+                raise CheckpointError(f"{path}: the module {module} has no key {key!r}; {nearest(key, known)}")
+        if ("models" in definition) == ("slices" in definition):
+            raise CheckpointError(f"{path}: one of models and slices is expected of the module {module}")
     return body
 
 
-def _slices(path: Path, body: Mapping[str, Any], base: str | None) -> list[_Slice]:
+def _slices(path: Path, body: Mapping[str, Any], base: str | None, names: Mapping[str, Sequence[str]]) -> list[_Slice]:
     """`models` is one slice of all layers; a base that is not among its sources is, as in mergekit, one of them."""
     if "slices" in body:
         return [
@@ -123,7 +157,7 @@ def _slices(path: Path, body: Mapping[str, Any], base: str | None) -> list[_Slic
     models = [*body["models"]]
     if base is not None and base not in [m["model"] for m in models]:
         models.append({"model": base})
-    depth = {m["model"]: _depth(_open(path, m["model"])) for m in models}
+    depth = {m["model"]: _depth(names[m["model"]]) for m in models}
     if len(set(depth.values())) > 1:
         said = ", ".join(f"{name} {count}" for name, count in depth.items())
         raise CheckpointError(f"{path}: the models differ in their number of layers ({said}): use slices")
@@ -143,8 +177,8 @@ def _open(path: Path, model: str) -> Weights:
     return open_weights(str(beside) if beside.is_dir() else model)
 
 
-def _depth(weights: Weights) -> int:
-    return 1 + max((n for n in map(layer_of, weights) if n is not None), default=-1)
+def _depth(names: Sequence[str]) -> int:
+    return 1 + max((n for n in map(layer_of, names) if n is not None), default=-1)
 
 
 def _dtype(path: Path, name: str | None) -> torch.dtype | None:
@@ -158,18 +192,20 @@ def _dtype(path: Path, name: str | None) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class _Planner:
-    """Every tensor of the result, with the settings that hold for it."""
+    """Every tensor of a module, with the settings that hold for it. names: of every model's tensors in the module."""
 
     path: Path
     method: str
     base: str | None
-    settings: Mapping[str, Any]
+    settings: tuple[Mapping[str, Any], ...]
     opened: Mapping[str, Weights]
+    names: Mapping[str, Sequence[str]]
     dtype: torch.dtype | None
+    vocabulary: Vocabulary | None
 
     def made(self, slices: Sequence[_Slice]) -> list[Made]:
         """Embeddings and the like after the first slice's settings, layers by theirs, the head by the last one's."""
-        outside = [n for n in self.opened[self.base or slices[0].sources[0].model] if layer_of(n) is None]
+        outside = [n for n in self.names[self.base or slices[0].sources[0].model] if layer_of(n) is None]
         before = [n for n in outside if any(part in n for part in _EMBEDDINGS)]
         found = [self._one(n, n, slices[0], 0, 0.0) for n in before]
         number = 0
@@ -180,7 +216,7 @@ class _Planner:
             (length,) = lengths
             for offset in range(length):
                 t = offset / (length - 1) if length > 1 else 1.0
-                inside = _of_layer(self.opened[each.sources[0].model], each.sources[0].first + offset)
+                inside = self._of_layer(each.sources[0].model, each.sources[0].first + offset)
                 found += [self._one(_at(name, number), name, each, offset, t) for name in inside]
                 number += 1
         return found + [self._one(n, n, slices[-1], 0, 0.0) for n in outside if n not in before]
@@ -197,20 +233,43 @@ class _Planner:
         rule_name, _, names = _METHODS[self.method]
         takes_base = rules()[rule_name].needs_base or rule_name in ("nuslerp", "multislerp")
         own = [p for p in parts if not (takes_base and p[0].model == self.base)]
-        shapes = {self.opened[s.model][here].shape for s, here in parts}
-        if len(shapes) > 1:
-            raise CheckpointError(f"{self.path}: {out} has the shapes {sorted(shapes)}: give all models one tokenizer")
-        value = _Settings(self.path, self.method, {"weight", "int8_mask", *names}, (where.settings, self.settings), t)
+        shape, rows = self._laid_out(out, [(s.model, here) for s, here in parts])
+        value = _Settings(self.path, self.method, {"weight", "int8_mask", *names}, (where.settings, *self.settings), t)
         weights = [value.of("weight", s.settings, here) for s, here in own]
         rule = self._rule([(s.settings, here) for s, here in own], value, out)
         stored = self.opened[parts[0][0].model][parts[0][1]]
         made = tuple(
-            Part(str(self.opened[s.model].folder), here, 1.0 if w is None else float(w))
+            Part(str(self.opened[s.model].folder), here, 1.0 if w is None else float(w), rows.get(s.model))
             for (s, here), w in zip(own, weights, strict=True)
         )
-        base = next((Part(str(self.opened[s.model].folder), here) for s, here in parts if s.model == self.base), None)
+        base = None
+        for s, here in parts:
+            if s.model == self.base:
+                base = Part(str(self.opened[s.model].folder), here, rows=rows.get(s.model))
         dtype = self.dtype if self.dtype and stored.dtype.is_floating_point else stored.dtype
-        return Made(Out(out, stored.shape, dtype), rule, made, base if takes_base else None)
+        return Made(Out(out, shape, dtype), rule, made, base if takes_base else None)
+
+    def _laid_out(self, out: str, parts: Sequence[tuple[str, str]]) -> tuple[tuple[int, ...], dict[str, Rows]]:
+        """The shape of the result, and where it has a row for each token, how each model's rows are laid out."""
+        stored = {model: self.opened[model][here] for model, here in parts}
+        shapes = {s.shape for s in stored.values()}
+        if self.vocabulary is not None and all(has_rows(here, stored[m].shape, self.opened[m]) for m, here in parts):
+            if len({shape[1:] for shape in shapes}) == 1:
+                found = self.vocabulary.rows({model: s.dtype for model, s in stored.items()})
+                folders = {model: str(weights.folder) for model, weights in self.opened.items()}
+                return (self.vocabulary.size, *next(iter(shapes))[1:]), {
+                    m: r.of_folders(folders) for m, r in found.items()
+                }
+        if len(shapes) > 1:
+            hint = "" if self.vocabulary else ": give all models one tokenizer (tokenizer_source: union)"
+            raise CheckpointError(f"{self.path}: {out} has the shapes {sorted(shapes)}{hint}")
+        return next(iter(shapes)), {}
+
+    def _of_layer(self, model: str, number: int) -> list[str]:
+        found = [name for name in self.names[model] if layer_of(name) == number]
+        if not found:
+            raise CheckpointError(f"{self.path}: {model} has no layer {number}; it has {_depth(self.names[model])}")
+        return found
 
     def _rule(self, own: Sequence[tuple[Mapping[str, Any], str]], value: _Settings, out: str) -> Rule:
         """The rule with its options for one tensor. own: every model's settings, and the tensor's name in it."""
@@ -278,13 +337,6 @@ def _evaluated(setting: Any, tensor: str, t: float) -> Any:
         if wanted is None or wanted == "*" or wanted in tensor:
             return _evaluated(condition["value"], tensor, t)
     return None
-
-
-def _of_layer(weights: Weights, number: int) -> list[str]:
-    found = [name for name in weights if layer_of(name) == number]
-    if not found:
-        raise CheckpointError(f"{weights.folder} has no layer {number}; it has {_depth(weights)}")
-    return found
 
 
 def _at(name: str, number: int) -> str:

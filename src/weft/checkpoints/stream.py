@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +45,10 @@ def plan_files(outs: Sequence[Out], shard_bytes: int) -> dict[str, list[Out]]:
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_file(path: Path, outs: Sequence[Out], make: Callable[[Out], Tensor]) -> None:
+def write_file(path: Path, outs: Sequence[Out], make: Callable[[Out], Iterable[Tensor]]) -> None:
     """Write a safetensors file. Nothing is done for a file that is there; a half written one is gone on with.
 
+    make: a tensor's entries in order, in flat pieces of its number format on the CPU.
     The header is known beforehand, so tensors are made, written and dropped one after another; until the file is whole
     it has the suffix `.part`, whose length says how many are done.
     """
@@ -55,21 +57,29 @@ def write_file(path: Path, outs: Sequence[Out], make: Callable[[Out], Tensor]) -
     head = _header(outs)
     part = path.with_name(f"{path.name}.part")
     offset = len(head)
-    with part.open("r+b" if part.exists() else "w+b") as file:
+    # a thread of its own writes one piece while the next one is made
+    with part.open("r+b" if part.exists() else "w+b") as file, ThreadPoolExecutor(1) as writer:
         if file.read(len(head)) != head:  # another merge's, or cut within its header: begin anew
             file.seek(0)
             file.truncate()
             file.write(head)
-        length = file.seek(0, 2)
+        length, written = file.seek(0, 2), None
         for out in outs:
             end = offset + out.num_bytes
             if end > length:
-                file.seek(offset)
-                file.truncate()
-                tensor = make(out).detach().to("cpu", out.dtype).contiguous()
-                assert tuple(tensor.shape) == out.shape, f"{out.name}: {tuple(tensor.shape)} was made, not {out.shape}"
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                if written is None:
+                    file.seek(offset)
+                    file.truncate()
+                for piece in make(out):
+                    assert piece.dtype == out.dtype, f"{out.name}: {piece.dtype} was made, not {out.dtype}"
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(file.write, piece.view(torch.uint8).numpy().data)
+                    offset += piece.nbytes
+                assert offset == end, f"{out.name}: {offset - end + out.num_bytes} bytes were made, not {out.num_bytes}"
             offset = end
+        if written is not None:
+            written.result()
     part.replace(path)
 
 

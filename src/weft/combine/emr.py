@@ -20,6 +20,7 @@ class EMR(Rule):
 
     name = "emr"
     paper = "2405.17461"
+    by_entry = True
     needs_base = True
     scale: float = option(1.0, help="factor on what is added (l)")
 

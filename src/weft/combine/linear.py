@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from weft.combine.rule import Rule
+from weft.combine.rule import Rule, RuleError
 from weft.core import option
 
 
@@ -17,12 +17,13 @@ class Linear(Rule):
 
     name = "linear"
     paper = "2203.05482"
+    by_entry = True
     normalise: bool = option(True, help="divide by the sum of the weights")
 
     def factors(self, weights):
         total = sum(weights) if self.normalise else 1.0
         if total == 0:
-            raise ValueError(f"linear: the weights {weights} add up to 0; set normalise to false to add without a mean")
+            raise RuleError(f"linear: the weights {weights} add up to 0; set normalise to false to add without a mean")
         return tuple(w / total for w in weights)
 
     def combine(self, tensors, given):

@@ -14,6 +14,7 @@ class NearSwap(Rule):
     """
 
     name = "nearswap"
+    by_entry = True
     needs_base = True
     most = 1
     weighted = False

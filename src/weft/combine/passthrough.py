@@ -14,6 +14,7 @@ class Passthrough(Rule):
     """
 
     name = "passthrough"
+    by_entry = True
     most = 1
     weighted = False
     scale: float = option(1.0, help="factor (s)")

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from weft.core.method import check_options
+from weft.errors import WeftError
 
-__all__ = ["Given", "Rule", "each", "rules"]
+__all__ = ["Given", "Rule", "RuleError", "each", "rules"]
+
+
+class RuleError(WeftError, ValueError):
+    """Tensors, weights or options that a rule cannot take."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,10 @@ class Rule:
 
     paper: the arXiv id, where there is one. needs_base: whether it merges differences to a base.
     fewest, most: how many tensors it takes, the base not counted. weighted: whether it reads the weights.
-    random: whether it draws from the generator. needs: the statistic of each tensor's data that it reads: "fisher"
-        (mean squared gradient, of the tensor's shape) or "covariance" (mean of x x^T of a map's inputs, [I, I]).
+    random: whether it draws from the generator. by_entry: whether an entry of the result is made of that entry of the
+        tensors alone, so that parts of tensors can be merged one after another.
+    needs: the statistic of each tensor's data that it reads: "fisher" (mean squared gradient, of the tensor's shape) or
+        "covariance" (mean of x x^T of a map's inputs, [I, I]).
     """
 
     name: ClassVar[str]
@@ -45,6 +52,7 @@ class Rule:
     most: ClassVar[int | None] = None
     weighted: ClassVar[bool] = True
     random: ClassVar[bool] = False
+    by_entry: ClassVar[bool] = False
     needs: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -58,6 +66,7 @@ class Rule:
     def __post_init__(self) -> None:
         check_options(self)
 
+    @torch.no_grad()
     def __call__(
         self,
         tensors: Sequence[Tensor],
@@ -67,12 +76,12 @@ class Rule:
         statistics: Sequence[Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The merged tensor, in the dtype of the base or of the first tensor; computed in float32 or better.
+        """The merged tensor, in the dtype of the base or of the first one, without a graph; made in float32 or better.
 
         weights: one for each tensor, 1 by default. base: of the shape of the tensors; rules that need none ignore it
             unless they say otherwise. statistics: of each tensor's data, for rules that need them. generator: for rules
             that draw; the same one gives the same result.
-        Raises ValueError for a number of tensors, weights or options that does not fit, and for shapes that differ.
+        Raises RuleError for a number of tensors, weights or options that does not fit, and for shapes that differ.
         """
         self._check(tensors, weights, base, statistics)
         first = base if base is not None else tensors[0]
@@ -105,20 +114,20 @@ class Rule:
         count = len(tensors)
         if count < self.fewest or (self.most is not None and count > self.most):
             wanted = f"{self.fewest}" if self.most == self.fewest else f"{self.fewest} or more"
-            raise ValueError(f"{self.name} takes {wanted} tensors beside the base, and {count} are given")
+            raise RuleError(f"{self.name} takes {wanted} tensors beside the base, and {count} are given")
         if self.needs_base and base is None:
-            raise ValueError(f"{self.name} merges differences to a base: give the base that these were tuned from")
+            raise RuleError(f"{self.name} merges differences to a base: give the base that these were tuned from")
         if self.needs and (statistics is None or len(statistics) != count):
-            raise ValueError(f"{self.name} weighs tensors by their data: give the {self.needs} of each of the {count}")
+            raise RuleError(f"{self.name} weighs tensors by their data: give the {self.needs} of each of the {count}")
         if weights is not None and len(weights) != count:
-            raise ValueError(f"{self.name}: {len(weights)} weights for {count} tensors; give one for each")
+            raise RuleError(f"{self.name}: {len(weights)} weights for {count} tensors; give one for each")
         shapes = {tuple(t.shape) for t in (*tensors, *([] if base is None else [base]))}
         if len(shapes) > 1:
-            raise ValueError(f"{self.name}: tensors of one shape are expected, not of {sorted(shapes)}")
+            raise RuleError(f"{self.name}: tensors of one shape are expected, not of {sorted(shapes)}")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, tuple) and len(value) != count:
-                raise ValueError(f"{self.name}.{f.name}: {len(value)} values for {count} tensors; give one for each")
+                raise RuleError(f"{self.name}.{f.name}: {len(value)} values for {count} tensors; give one for each")
 
 
 def each(value: Any, count: int) -> tuple[Any, ...]:

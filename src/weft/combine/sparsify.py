@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Rescale", "by_chance", "by_rank", "by_size", "rescaled", "without_outliers"]
+__all__ = ["Rescale", "by_chance", "by_rank", "by_size", "keep_", "largest", "rescaled", "without_outliers"]
 
 Rescale = Literal["none", "expected", "l1"]
 
@@ -15,20 +16,46 @@ Rescale = Literal["none", "expected", "l1"]
 def by_size(delta: Tensor, density: float) -> Tensor:
     """A mask of the `density` largest entries by magnitude; at least one, unless the density is 0."""
     count = delta.numel() if density >= 1 else 0 if density <= 0 else max(1, int(density * delta.numel()))
-    mask = torch.zeros_like(delta)
-    mask.view(-1)[delta.abs().flatten().topk(count, sorted=False).indices] = 1
-    return mask
+    return largest(delta.abs(), count)
 
 
 def without_outliers(delta: Tensor, density: float, outliers: float) -> Tensor:
     """A mask of `density` of the entries: the largest after the `outliers` largest of all, where there are as many."""
-    if density >= 1:
-        return torch.ones_like(delta)
     size, kept = delta.numel(), int(density * delta.numel())
+    if density >= 1:
+        return torch.ones_like(delta, dtype=torch.bool)
     low = max(0, size - kept - int(outliers * size))
-    mask = torch.zeros_like(delta)
-    mask.view(-1)[delta.abs().flatten().sort().indices[low : low + kept]] = 1
+    return largest(delta.abs(), size - low) & ~largest(delta.abs(), size - low - kept)
+
+
+def largest(size: Tensor, count: int) -> Tensor:
+    """A mask of the `count` largest of entries that are 0 or more, in float32 or float64; of equal ones the first."""
+    flat = size.flatten()
+    if count <= 0 or count >= flat.numel():
+        return torch.full_like(size, count > 0, dtype=torch.bool)
+    bits = flat.view(torch.int64 if flat.element_size() == 8 else torch.int32)  # numbers from 0 on are ordered as these
+    if bits.device.type == "cpu":
+        return torch.from_numpy(_largest(bits.numpy(), count)).view_as(size)
+    first = bits.sort(descending=True, stable=True).indices[:count]
+    return torch.zeros_like(bits, dtype=torch.bool).index_fill_(0, first, True).view_as(size)
+
+
+def _largest(bits: np.ndarray, count: int) -> np.ndarray:
+    """The same of whole numbers. numpy selects, counts and finds in a fraction of torch's time on a CPU."""
+    least = np.partition(bits, len(bits) - count)[len(bits) - count]
+    mask = bits >= least
+    surplus = np.count_nonzero(mask) - count
+    if surplus:
+        mask[np.flatnonzero(bits == least)[-surplus:]] = False
     return mask
+
+
+def keep_(delta: Tensor, mask: Tensor) -> Tensor:
+    """delta under a mask, in its place."""
+    if delta.device.type != "cpu":
+        return delta.mul_(mask)
+    np.multiply(delta.numpy(), mask.numpy(), out=delta.numpy())  # torch multiplies by a bool eight times slower
+    return delta
 
 
 def by_chance(delta: Tensor, density: float, generator: torch.Generator | None) -> Tensor:

@@ -19,6 +19,7 @@ class TaskArithmetic(Rule):
 
     name = "task_arithmetic"
     paper = "2212.04089"
+    by_entry = True
     needs_base = True
     scale: float = option(1.0, help="factor on what is added (l)")
     normalise: bool = option(False, help="divide by the sum of the weights")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weft.combine.consensus import added
 from weft.combine.rule import Given, Rule, each
-from weft.combine.sparsify import Rescale, rescaled
+from weft.combine.sparsify import Rescale, keep_, rescaled
 from weft.core import option
 
 
@@ -34,7 +34,11 @@ class TaskVectors(Rule):
         densities = each(self.density, len(tensors))
         deltas = base.new_empty((len(tensors), *base.shape))
         for k, (tensor, density) in enumerate(zip(tensors, densities, strict=True)):
-            delta = tensor - base
-            deltas[k] = rescaled(delta, self.mask(delta, k, len(tensors), given.generator), density, self.rescale)
+            delta = torch.sub(tensor, base, out=deltas[k])
+            mask = self.mask(delta, k, len(tensors), given.generator)
+            if self.rescale == "none":
+                keep_(delta, mask)
+            else:
+                deltas[k] = rescaled(delta, mask, density, self.rescale)
         total = added(deltas, deltas.new_tensor(given.weights), elect=self.elect, normalise=self.normalise)
-        return base + self.scale * total
+        return total.mul_(self.scale).add_(base)
