@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from weft.borrowed import borrowed
+from weft.compress.layout import expanded
 from weft.core.method import Frozen, Method
 from weft.errors import AdapterError, WeftError
 from weft.fresh import Record
@@ -24,11 +26,12 @@ from weft.registry import method_from_spec
 from weft.targets import Plan, walk
 
 __all__ = [
-    "CONFIG", "INFO", "TENSORS", "AdapterFileError", "Stored", "describe", "fingerprint", "from_native", "matched",
-    "native_tensors", "read_info", "read_tensors", "remember_fingerprint", "write_folder",
+    "CONFIG", "FORMAT", "INFO", "TENSORS", "AdapterFileError", "Stored", "describe", "fingerprint", "from_native",
+    "matched", "native_tensors", "read_info", "read_tensors", "remember_fingerprint", "write_folder",
 ]  # fmt: skip
 
-FORMAT = 1
+FORMAT, PLAIN = 2, 1
+"""The newest format of a folder, whose tensors need more than their own file's bytes to be read, and the plain one."""
 TENSORS, INFO, CONFIG = "adapter_model.safetensors", "weft.json", "adapter_config.json"
 
 
@@ -77,9 +80,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         # From bytes, which takes a tenth of opening tensor by tensor where they are small. Copies, because at the
         # file's own offsets tensors are unaligned, and kernels then round differently.
-        return {name: tensor.clone() for name, tensor in load(file.read_bytes()).items()}
+        data = file.read_bytes()
+        found = {name: tensor.clone() for name, tensor in load(data).items()}
+        facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{file} is damaged or cut short: {error}") from error
+    try:
+        found = expanded(found, facts["packed"]) if "packed" in facts else found
+        return {**found, **borrowed(folder, facts["borrowed"])} if "borrowed" in facts else found
+    except ValueError as error:
+        raise AdapterFileError(f"{file}: {error}") from error
 
 
 def describe(model: nn.Module, record: Record, layout: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +106,7 @@ def describe(model: nn.Module, record: Record, layout: str, provenance: Mapping[
             entry["through"] = "weight"
         sites[s.site.address] = entry
     return {
-        "format": FORMAT,
+        "format": PLAIN,
         "weft": __version__,
         "name": plan.name,
         "layout": layout,
@@ -125,15 +135,20 @@ def native_tensors(record: Record) -> dict[str, Tensor]:
     return {k: v.detach().contiguous() for k, v in found.items() if v is not None}
 
 
-def write_folder(path: Path, files: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Path:
-    """Write a folder under a temporary name beside its place, then rename it; an old one goes only after that."""
+def write_folder(
+    path: Path, files: Mapping[str, str], tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
+) -> Path:
+    """Write a folder under a temporary name beside its place, then rename it; an old one goes only after that.
+
+    facts: what the tensors' file says of how they are to be read.
+    """
     if path.exists() and not _replaceable(path):
         raise AdapterFileError(f"{path} is there and is no adapter: it is not replaced; name a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        save_file({k: v.cpu() for k, v in tensors.items()}, temporary / TENSORS, {"format": "pt"})
+        save_file({k: v.cpu() for k, v in tensors.items()}, temporary / TENSORS, {"format": "pt", **(facts or {})})
         for name, text in files.items():
             (temporary / name).write_text(text)
         replaced = path.with_name(f"{temporary.name}.old")

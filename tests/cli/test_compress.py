@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import peft
 import pytest
@@ -12,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import weft as package
 from tests.cli.conftest import DATA
+from weft import compressed, compressing
+from weft.cli import compress
 from weft.differences import differences
 
 
@@ -34,6 +38,13 @@ def loha(tmp_path_factory: pytest.TempPathFactory, tokens) -> tuple[Path, torch.
                 p.copy_(0.3 * torch.randn(p.shape, generator=draw))
         theirs.save_pretrained(folder)
         return folder, theirs.eval()(**tokens).logits
+
+
+@pytest.fixture(scope="module")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "few.jsonl"
+    file.write_text("".join((DATA / "validation.jsonl").read_text().splitlines(keepends=True)[:3]))
+    return file
 
 
 @pytest.mark.oracle
@@ -105,8 +116,8 @@ def test_compress_holds_the_loss_of_the_weights(weft, adapter: Path, tmp_path: P
     assert weft("check", tmp_path / "small", "--rows", 2).code == 0  # an ordinary adapter
 
 
-def test_compress_holds_the_loss_per_token(weft, adapter: Path, tmp_path: Path) -> None:
-    rows = DATA / "validation.jsonl"
+def test_compress_holds_the_loss_per_token(weft, adapter: Path, few_rows: Path, tmp_path: Path) -> None:
+    rows = few_rows
     done = weft("compress", adapter, "--loss", "2%", "--eval", rows, "-o", tmp_path / "small", "--json")
     assert done.code == 0, done.err
     (found,) = done.json()
@@ -115,6 +126,85 @@ def test_compress_holds_the_loss_per_token(weft, adapter: Path, tmp_path: Path) 
     assert found["source"] == str(rows)
     again = weft("compress", tmp_path / "small", "--loss", "70%", "-o", tmp_path / "smaller")
     assert again.code in (0, 1), again.err  # what was compressed is an adapter like any other
+
+
+def test_an_adapter_in_code_is_an_adapter(weft, adapter: Path, few_rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    done = weft("compress", adapter, "--way", "compeft", "--loss", "20%", "--eval", few_rows, "-o", out, "--json")
+    assert done.code == 0, done.out + done.err
+    (found,) = done.json()
+    assert found["growth"] <= 0.2
+    sizes = [
+        sum((folder / name).stat().st_size for name in ("weft.json", "adapter_model.safetensors"))
+        for folder in (adapter / "adapter", out)
+    ]
+    assert sizes[1] == found["disk_after"] < 0.2 * sizes[0]
+    assert sizes[0] <= found["disk_before"]
+    checked = weft("check", out, "--rows", 2, "--json")
+    assert checked.code == 0, checked.err
+    combined = weft("combine", "linear", out, adapter, "-o", tmp_path / "both")
+    assert combined.code == 0, combined.err
+
+
+def test_a_code_that_cannot_hold_the_loss_is_refused_with_the_figures(weft, adapter: Path, tmp_path: Path) -> None:
+    done = weft("compress", adapter, "--way", "compeft", "--loss", "0.5%", "-o", tmp_path / "small")
+    assert done.code == 1
+    assert re.search(r"refused: with compeft, at least \d+\.\d+% is lost at model\.layers", done.out)
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_size_is_spent_on_what_the_outputs_need(weft, adapter: Path, few_rows: Path, tmp_path: Path) -> None:
+    options = ["--way", "bits", "--size", "20%", "--loss-in", "output", "--calibrate", few_rows]
+    done = weft("compress", adapter, *options, "-o", tmp_path / "small", "--json")
+    assert done.code == 0, done.err
+    (found,) = done.json()
+    assert found["of"] == "output"
+    assert found["bytes_after"] <= 0.2 * found["bytes_before"]
+    assert f"outputs are compared on 3 rows of {few_rows}" in done.err
+
+
+def test_a_set_shares_a_file_and_each_of_it_is_an_adapter(weft, adapter: Path, few_rows: Path, tmp_path: Path) -> None:
+    options = ["--way", "joint", "--rank", 2, "--eval", few_rows, "--json"]
+    done = weft("compress", adapter, adapter, *options, "-o", tmp_path / "set")
+    assert done.code == 0, done.err
+    found = done.json()
+    assert max(map(abs, found["growth"].values())) < 1e-4
+    assert found["source"] == str(few_rows)
+    assert found["worst"][2] < 1e-3  # the two are one
+    assert found["names"] == ["short", "short-2"]
+    files = [f for f in (tmp_path / "set").rglob("*") if f.suffix in (".safetensors", ".json")]
+    assert found["bytes_after"] == sum(f.stat().st_size for f in files)
+    assert found["bytes_shared"] == (tmp_path / "set/basis.safetensors").stat().st_size
+    assert weft("check", tmp_path / "set/short-2", "--rows", 2).code == 0
+    info = json.loads((tmp_path / "set/short/weft.json").read_text())
+    assert info["provenance"]["compressed"]["set"] == ["short", "short-2"]
+    done = weft("compress", adapter, adapter, "--way", "joint", "--rank", 64, "-o", tmp_path / "large")
+    assert (done.code, (tmp_path / "large").exists()) == (2, False)
+    assert "together the 2 adapters would take" in done.err
+
+
+def test_the_command_knows_the_ways_that_there_are() -> None:
+    assert (compress.WAYS, compress.SETS) == (compressing.WAYS, compressing.SETS)
+    assert get_args(compressed.LossIn) == compress.LOSS_IN
+    assert (get_args(compressing.Way), get_args(compressing.SetWay)) == (compressing.WAYS, compressing.SETS)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--loss", "1%", "--size", "5%"], "give one of them"),
+    ([], "give one of them"),
+    (["--way", "bit", "--loss", "1%"], "--way bit: there is no such"),
+    (["--loss-in", "inputs", "--loss", "1%"], "--loss-in inputs: there is no such"),
+    (["--loss", "1%", "--calibrate", "x"], "the weights are compared without any"),
+    (["--loss", "0"], "something has to be lost"),
+    (["--loss", "1%", "--rank", 3], "--rank is not of --way principal, but of joint, eigenlorax"),
+    (["--way", "joint", "--size", "5%"], "--size is not of --way joint, but of principal, bits, one_bit, compeft"),
+    (["--way", "joint"], "--loss or --rank says how much is kept"),
+    (["--way", "joint", "--rank", 2, "--calibrate", "x"], "--calibrate is not of --way joint"),
+    (["--way", "joint", "--rank", 3], "joint keeps what adapters have in common: give two or more"),
+])  # fmt: skip
+def test_compress_options_that_do_not_fit_are_refused(weft, adapter, tmp_path: Path, options: list, said: str) -> None:
+    done = weft("compress", adapter, *options, "-o", tmp_path / "x")
+    assert (done.code, said in done.err) == (2, True), done.err
 
 
 def test_nothing_is_written_where_one_is_refused(weft, adapter: Path, loha, tmp_path: Path) -> None:

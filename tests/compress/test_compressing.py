@@ -8,8 +8,9 @@ from torch import nn
 
 import weft
 from tests.common.language import ids, llama
+from tests.test_parity import METHODS, adapted
 from weft.attach import AdapterError, records
-from weft.compressing import lost, num_bytes, shrink, to_lora
+from weft.compressing import input_roots, lost, num_bytes, shrink, to_lora
 from weft.differences import differences
 
 M = weft.methods()
@@ -41,6 +42,29 @@ def test_any_change_of_a_weight_is_a_lora(name: str) -> None:
     assert max(losses.values()) < 1e-4
     assert {s.method.name for s in records(model)["b"].plan.sites} == {"lora"}
     torch.testing.assert_close(logits(model, "b"), logits(model, "a"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_lora_or_says_why_not(name: str) -> None:
+    """Every method that is linear in its input, at all its sites, or a sentence with the place and the reason."""
+    model = adapted(name)
+    try:
+        before = differences(model, "a")
+    except AdapterError:
+        with pytest.raises(AdapterError, match=r"changes no weight that could be combined.*use it in a route"):
+            to_lora(model, "a", name="b")
+        return
+    if any(d.shift is not None or d.weight().ndim < 2 for d in before.values()):
+        with pytest.raises(AdapterError, match=r"LoRA adds to weights only|shifts its output"):
+            to_lora(model, "a", name="b")
+        return
+    losses = to_lora(model, "a", name="b")
+    after = differences(model, "b")
+    assert losses.keys() == before.keys()
+    assert max(losses.values()) < 1e-4
+    for address, change in before.items():
+        scale = change.weight().abs().max().item()
+        torch.testing.assert_close(after[address].weight(), change.weight(), rtol=0, atol=1e-3 * scale)
 
 
 def test_a_weight_that_two_modules_share_stays_shared() -> None:
@@ -87,7 +111,7 @@ def test_a_stated_loss_of_the_weights_holds(loss: float) -> None:
     assert max(found.losses.values()) <= loss
     assert found.losses == lost(model, "a", "b")
     assert found.bytes_after == num_bytes(model, "b") < num_bytes(model, "a") == found.bytes_before
-    ranks = {s.site.address: s.method.rank for s in found.made.plan.sites}
+    ranks = {s.site.address: s.method.rank for s in found.plan.sites}
     weft.detach(model, "b")
     for rank in set(ranks.values()) - {1}:  # one less would have lost more, at each site
         smaller = to_lora(model, "a", name="b", rank=rank - 1)
@@ -131,5 +155,121 @@ def test_what_is_no_smaller_is_refused() -> None:
 def test_a_loss_that_cannot_be_reached_is_refused() -> None:
     model = carrying(LOW["lora"])
     found = shrink(model, "a", name="b", loss=0.01, loss_of=lambda name: 2.0 if name == "a" else 2.1)
-    assert "grows by 5.000% before any rank is cut, more than 1.000%" in found.refused
+    assert "grows by 5.000% with all that principal keeps, more than 1.000%" in found.refused
     assert [*records(model)] == ["a"]
+
+
+@pytest.mark.parametrize(("way", "loss"), [("bits", 0.1), ("one_bit", 0.9), ("compeft", 0.8)])
+@pytest.mark.parametrize("method", ["lora", "vera", "oft"])
+def test_tensors_in_code_hold_the_loss(way: str, loss: float, method: str) -> None:
+    model = carrying(LOW[method])
+    found = shrink(model, "a", name="b", way=way, loss=loss)
+    if found.refused:  # a rotation, which one bit does not reach
+        assert "is lost at" in found.refused or "takes" in found.refused
+        assert [*records(model)] == ["a"]
+        return
+    assert found.losses == lost(model, "a", "b")
+    assert max(found.losses.values()) <= loss
+    assert found.plan.method == LOW[method]
+    live = records(model)["b"].adapters
+    for name, code in found.codes.items():
+        address, _, leaf = name.rpartition(".")
+        assert torch.equal(code.tensor(), live[address].tensors()[leaf])
+    assert {n.rpartition(".")[0] for n in found.codes} == live.keys()
+
+
+def test_bits_are_as_few_as_the_loss_allows() -> None:
+    model = carrying(LOW["lora"])
+    sizes = []
+    for loss in (0.5, 0.1, 0.02):
+        found = shrink(model, "a", name="b", way="bits", loss=loss)
+        assert not found.refused
+        assert max(found.losses.values()) <= loss
+        sizes.append(found.bytes_after)
+        weft.detach(model, "b")
+        fewer = shrink(model, "a", name="b", way="bits", loss=max(found.losses.values()) * 0.999)
+        assert fewer.refused or fewer.bytes_after >= found.bytes_after
+        if not fewer.refused:
+            weft.detach(model, "b")
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1] < num_bytes(model, "a")
+
+
+def test_what_no_weight_expresses_is_compared_by_its_tensors() -> None:
+    model = carrying(M["bottleneck"](), None)
+    found = shrink(model, "a", name="b", way="bits", loss=0.1)
+    assert (found.of, found.refused) == ("tensors", "")
+    old, new = (records(model)[n].adapters for n in "ab")
+    for address, loss in found.losses.items():
+        shares = [
+            ((t - new[address].tensors()[k]).norm() / t.norm()).item()
+            for k, t in old[address].tensors().items()
+            if t.norm()
+        ]
+        assert loss == pytest.approx(max(shares), rel=1e-3)
+        assert loss <= 0.1
+    with pytest.raises(AdapterError, match="no weight"):
+        shrink(model, "a", name="c", loss=0.1)
+    assert [*records(model)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("way", ["principal", "bits"])
+def test_a_budget_is_kept_and_spent_where_it_helps(way: str) -> None:
+    model = carrying(LOW["lora"])
+    with torch.no_grad():
+        for p in records(model)["a"].adapters["model.layers.0.self_attn.q_proj"].parameters():
+            p.mul_(10)  # its change is a hundred times as large as those of others
+    found = shrink(model, "a", name="b", way=way, size=0.5)
+    assert not found.refused
+    assert found.bytes_after <= 0.5 * found.bytes_before
+    large = found.losses.pop("model.layers.0.self_attn.q_proj")
+    assert large < 0.2 * max(found.losses.values())
+    weft.detach(model, "b")
+    assert "the smallest that" in shrink(model, "a", name="b", way=way, size=0.01).refused
+    assert [*records(model)] == ["a"]
+
+
+@pytest.mark.parametrize("method", ["lora", "oft"])
+def test_a_loss_in_the_output_is_of_what_the_site_changes_on_data(method: str) -> None:
+    model = carrying(LOW[method], ("q_proj", "down_proj"))
+    batches = [{"input_ids": ids(2, 6)} for _ in range(2)]
+    roots = input_roots(model, "a", batches)
+    seen: dict[str, list[torch.Tensor]] = {}
+    modules = {a: model.get_submodule(a) for a in roots}
+    hooks = [
+        m.register_forward_pre_hook(lambda _m, x, a=a: seen.setdefault(a, []).append(x[0])) for a, m in modules.items()
+    ]
+    with torch.no_grad(), weft.using(model, None):
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    found = shrink(model, "a", name="b", loss=0.3, roots=roots)
+    assert found.of == "output"
+    assert not found.refused or method == "oft"
+    if found.refused:
+        return
+    old, new = differences(model, "a"), differences(model, "b")
+    plain = shrink(model, "a", name="c", loss=0.3)
+    smaller = 0
+    for address, loss in found.losses.items():
+        x = torch.cat(seen[address]).flatten(0, 1).double()
+        wanted, made = (x @ d[address].weight().double().mT for d in (old, new))
+        assert loss == pytest.approx(((wanted - made).norm() / wanted.norm()).item(), rel=1e-3)
+        assert loss <= 0.3
+        smaller += found.settings[address] < plain.settings[address]
+    assert smaller, "data that a weight is read with takes fewer directions than the weight has"
+
+
+def test_outputs_are_compared_at_linear_maps_only() -> None:
+    model = carrying(LOW["lora"], ("embed_tokens",))
+    with pytest.raises(AdapterError, match=r"embed_tokens is of kind embedding: a loss in the output"):
+        input_roots(model, "a", [])
+
+
+def test_a_loss_or_a_size_is_asked_for() -> None:
+    model = carrying(LOW["lora"])
+    with pytest.raises(ValueError, match="give one of them"):
+        shrink(model, "a", name="b")
+    with pytest.raises(ValueError, match="no way 'bit'"):
+        shrink(model, "a", name="b", way="bit", loss=0.1)

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 __all__ = ["Joint", "joint_basis"]
 
 Pair = tuple[Tensor, Tensor]
+_SMALL = 0.02  # a loss whose square the rounding of norms of 1 to single precision could touch
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,13 @@ class Joint:
 
 @torch.no_grad()
 def joint_basis(
-    pairs: Sequence[Pair], rank: int, *, diagonal: bool = False, clusters: int = 1, rounds: int = 20
+    pairs: Sequence[Pair],
+    rank: int,
+    *,
+    diagonal: bool = False,
+    clusters: int = 1,
+    rounds: int = 50,
+    tolerance: float = 1e-4,
 ) -> Joint:
     """The changes b_n a_n of many adapters at one site, with b_n [O, R_n] and a_n [R_n, I], in shared bases.
 
@@ -49,27 +56,48 @@ def joint_basis(
     norm back. Full: U and V orthonormal, S_n = U^T D_n V^T, and U, V by turns the leading eigenvectors of
     sum_n D_n V^T V D_n^T and its mirror, one step of orthogonal iteration each. diagonal: S_n diagonal, U and V free,
     by alternating least squares. clusters: of adapters with bases of their own; each adapter goes where it loses least.
+    rounds: at most so many; fewer where one gains less than `tolerance` of what is lost.
     Brüel Gabrielsson et al. 2024, arXiv 2407.00066.
     Raises ValueError where there is no adapter, fewer adapters than clusters, or shapes that differ.
     """
     _check(pairs, rank, clusters)
     changes = _Changes.of(pairs)
-    assigned = _first_clusters(changes, clusters)  # [N]
-    for _ in range(rounds if clusters > 1 else 0):
-        bases = [_full(changes.of_cluster(assigned == k), rank, rounds) for k in range(clusters)]
-        better = torch.stack([_small(changes, *basis).square().sum((1, 2)) for basis in bases]).argmax(0)
+    stop = _Stop(rounds, tolerance)
+    assigned = _assigned(changes, rank, clusters, stop)  # [N]
+    fitted = [_fitted(changes.of_cluster(assigned == k), rank, diagonal, stop) for k in range(clusters)]
+    dtype = pairs[0][0].dtype
+    s = torch.empty(len(pairs), *fitted[0][2].shape[1:], dtype=dtype, device=changes.a.device)
+    losses = torch.empty(len(pairs), dtype=torch.float64, device=changes.a.device)
+    for k, (_, _, small, lost) in enumerate(fitted):
+        members = assigned == k
+        losses[members] = lost
+        s[members] = (small * changes.norm[members].view(-1, *[1] * (small.ndim - 1))).to(dtype)
+    us, vs = (torch.stack([f[i].to(dtype) for f in fitted]) for i in (0, 1))
+    return Joint(us, s, vs, assigned, losses)
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """When turns end."""
+
+    rounds: int
+    tolerance: float
+
+
+def _assigned(c: _Changes, rank: int, clusters: int, stop: _Stop) -> Tensor:
+    """The cluster of every adapter: those that are least alike start one each, and then each goes where it fits best.
+
+    Bases that are nearly found tell where an adapter belongs, so that few turns are taken for each assignment.
+    """
+    assigned = _first_clusters(c, clusters)
+    quick = _Stop(min(stop.rounds, 3), stop.tolerance)
+    for _ in range(stop.rounds if clusters > 1 else 0):
+        bases = [_full(c.of_cluster(assigned == k), rank, quick) for k in range(clusters)]
+        better = torch.stack([_small(c, *basis).square().sum((1, 2)) for basis in bases]).argmax(0)
         if torch.equal(better, assigned) or len(better.unique()) < clusters:
             break
         assigned = better
-    fitted = [_fitted(changes.of_cluster(assigned == k), rank, diagonal, rounds) for k in range(clusters)]
-    s, losses = torch.empty(len(pairs), *fitted[0][2].shape[1:]).to(changes.a), torch.empty(len(pairs)).to(changes.a)
-    for k, (u, v, small) in enumerate(fitted):
-        members = assigned == k
-        losses[members] = _losses(changes.of_cluster(members), u, small, v)
-        s[members] = small * changes.norm[members].view(-1, *[1] * (small.ndim - 1))
-    dtype = pairs[0][0].dtype
-    us, vs = torch.stack([f[0] for f in fitted]), torch.stack([f[1] for f in fitted])
-    return Joint(us.to(dtype), s.to(dtype), vs.to(dtype), assigned, losses)
+    return assigned
 
 
 @dataclass(frozen=True)
@@ -85,13 +113,19 @@ class _Changes:
 
     @staticmethod
     def of(pairs: Sequence[Pair]) -> _Changes:
-        bt = pad_sequence([b.mT.double() for b, _ in pairs], batch_first=True)
-        a = pad_sequence([a.double() for _, a in pairs], batch_first=True)
+        wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
+        bt = pad_sequence([b.mT.to(wide) for b, _ in pairs], batch_first=True).contiguous()
+        a = pad_sequence([a.to(wide) for _, a in pairs], batch_first=True)
         norm = (_gram(bt) * _gram(a)).sum((1, 2)).clamp(min=0).sqrt()
         scale = torch.where(norm > 0, 1 / norm, 0.0)
-        return _Changes(bt * scale[:, None, None], a, norm)
+        return _Changes(bt.mul_(scale[:, None, None]), a, norm)
+
+    def wide(self) -> _Changes:
+        return _Changes(self.bt.double(), self.a.double(), self.norm)
 
     def of_cluster(self, members: Tensor) -> _Changes:
+        if bool(members.all()):
+            return self
         return _Changes(self.bt[members], self.a[members], self.norm[members])
 
 
@@ -104,18 +138,43 @@ def _gram(m: Tensor) -> Tensor:
     return m @ m.mT
 
 
-def _fitted(c: _Changes, rank: int, diagonal: bool, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    u, v = _full(c, rank, rounds)
-    return _diagonal(c, u, v, rounds) if diagonal else (u, v, _small(c, u, v))
+def _fitted(c: _Changes, rank: int, diagonal: bool, stop: _Stop) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, V, the small matrices, and what is lost: in double precision where a loss is so small that others hide it."""
+    u, v = _full(c, rank, stop)
+    if diagonal:
+        u, v = _diagonal(c, u, v, stop)
+    small, losses = _measured(c, u, v, diagonal)
+    if u.dtype != torch.float64 and bool((losses < _SMALL).any()):
+        c, u, v = c.wide(), u.double(), v.double()
+        if not diagonal:
+            u, v = torch.linalg.qr(u)[0], torch.linalg.qr(v.mT)[0].mT
+        small, losses = _measured(c, u, v, diagonal)
+    return u, v, small, losses
 
 
-def _full(c: _Changes, rank: int, rounds: int) -> Pair:
-    """U [O, R] and V [R, I], orthonormal. V starts at the leading eigenvectors of sum_n D_n^T D_n."""
-    v = torch.linalg.eigh(_over(c.a, _gram(c.bt) @ c.a))[1][:, -rank:].mT
-    u = torch.linalg.eigh(_over(c.bt, _gram(c.a @ v.mT) @ c.bt))[1][:, -rank:]
-    for _ in range(rounds):
-        v = torch.linalg.qr(_over(c.a, _gram(c.bt @ u) @ (c.a @ v.mT)))[0].mT
-        u = torch.linalg.qr(_over(c.bt, _gram(c.a @ v.mT) @ (c.bt @ u)))[0]
+def _full(c: _Changes, rank: int, stop: _Stop) -> Pair:
+    """U [O, R] and V [R, I], orthonormal.
+
+    V starts in the range of sum_n D_n^T D_n on random vectors, twice applied: near its leading eigenvectors, for a
+    small part of what these cost.
+    """
+    draw = torch.Generator(c.a.device).manual_seed(0)
+    v = torch.randn(rank, c.a.shape[-1], generator=draw, dtype=c.a.dtype, device=c.a.device)
+    within = _gram(c.bt)
+    for _ in range(3):
+        av = c.a @ v.mT  # [N, R_n, R]
+        v = torch.linalg.qr(_over(c.a, within @ av))[0].mT
+    av = c.a @ v.mT
+    u = torch.randn(c.bt.shape[-1], rank, generator=draw, dtype=c.a.dtype, device=c.a.device)
+    bu, held = c.bt @ u, 0.0
+    for turn in range(stop.rounds + 1):
+        u = torch.linalg.qr(_over(c.bt, _gram(av) @ bu))[0]
+        bu, before = c.bt @ u, held
+        held = float((_gram(bu) * _gram(av)).sum())  # sum_n |U^T D_n V^T|^2
+        if turn == stop.rounds or (turn > 1 and held - before <= stop.tolerance * (len(bu) - held)):
+            break
+        v = torch.linalg.qr(_over(c.a, _gram(bu) @ av))[0].mT
+        av = c.a @ v.mT
     return u, v
 
 
@@ -124,14 +183,30 @@ def _small(c: _Changes, u: Tensor, v: Tensor) -> Tensor:
     return (c.bt @ u).mT @ (c.a @ v.mT)
 
 
-def _diagonal(c: _Changes, u: Tensor, v: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Alternating least squares for D_n = U diag(s_n) V, each factor given the two others."""
-    s = _small(c, u, v).diagonal(dim1=1, dim2=2)  # [N, R]
-    for _ in range(rounds):
-        u = _unit(_solved(_over(c.bt, (c.a @ v.mT) * s[:, None]), (s.mT @ s) * _gram(v)))
-        v = _unit(_solved(_over(c.a, (c.bt @ u) * s[:, None]), (s.mT @ s) * _gram(u.mT))).mT
-        s = _solved(_small(c, u, v).diagonal(dim1=1, dim2=2), _gram(u.mT) * _gram(v))
-    return u, v, s
+def _measured(c: _Changes, u: Tensor, v: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+    """The best small matrices between U and V, and || D_n - U S_n V ||, [N], for D_n of norm 1 (or 0)."""
+    inner = _small(c, u, v)
+    small = _solved(inner.diagonal(dim1=1, dim2=2), _gram(u.mT) * _gram(v)) if diagonal else inner
+    held = ((inner.diagonal(dim1=1, dim2=2) if diagonal else inner) * small).double().flatten(1).sum(1)
+    whole = (_gram(c.bt) * _gram(c.a)).double().sum((1, 2))  # 1, as it was rounded
+    return small, (whole - held).clamp(min=0).sqrt()  # what least squares leave
+
+
+def _diagonal(c: _Changes, u: Tensor, v: Tensor, stop: _Stop) -> Pair:
+    """U and V by alternating least squares for D_n = U diag(s_n) V, each factor given the two others."""
+    bu, av = c.bt @ u, c.a @ v.mT  # [N, R_n, R]
+    s, loss = (bu * av).sum(1), float("inf")  # [N, R]: the diagonals of U^T D_n V^T
+    for _ in range(stop.rounds):
+        u = _unit(_solved(_over(c.bt, av * s[:, None]), (s.mT @ s) * _gram(v)))
+        bu = c.bt @ u
+        v = _unit(_solved(_over(c.a, bu * s[:, None]), (s.mT @ s) * _gram(u.mT))).mT
+        av, before = c.a @ v.mT, loss
+        inner = (bu * av).sum(1)
+        s = _solved(inner, _gram(u.mT) * _gram(v))
+        loss = len(s) - float((s * inner).sum())  # what least squares leave of norms of 1
+        if before - loss <= stop.tolerance * loss:
+            break
+    return u, v
 
 
 def _solved(right: Tensor, gram: Tensor) -> Tensor:
@@ -142,16 +217,6 @@ def _solved(right: Tensor, gram: Tensor) -> Tensor:
 def _unit(m: Tensor) -> Tensor:
     """Columns of norm 1."""
     return m / m.norm(dim=0).clamp(min=torch.finfo(m.dtype).tiny)
-
-
-def _losses(c: _Changes, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-    """|| D_n - U S_n V ||, [N], for D_n of norm 1."""
-    middle = torch.diag_embed(s) if s.ndim == 2 else s
-    count = len(middle)
-    b = torch.cat([c.bt.mT, -(u @ middle)], 2)
-    a = torch.cat([c.a, v.expand(count, *v.shape)], 1)
-    rb, ra = torch.linalg.qr(b, mode="r")[1], torch.linalg.qr(a.mT, mode="r")[1]
-    return (rb @ ra.mT).norm(dim=(1, 2))
 
 
 def _first_clusters(c: _Changes, clusters: int) -> Tensor:

@@ -3,16 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weft.core.method import Frozen
+from weft.core.thin import singular
 from weft.targets import Plan
 
-__all__ = ["principal_tensors"]
+__all__ = ["Principal", "principal_basis", "principal_tensors"]
 
 Tensors = Mapping[str, Tensor | Frozen]
+
+
+@dataclass(frozen=True)
+class Principal:
+    """N adapters of one site as V c_B c_A U: u [K, I] and v [O, K] orthonormal, pairs of c_b [K, R_n] and c_a [R_n, K].
+
+    losses: [N], the share of the norm of each adapter's change that is lost.
+    """
+
+    u: Tensor
+    v: Tensor
+    pairs: Sequence[tuple[Tensor, Tensor]]
+    losses: Tensor
+
+
+@torch.no_grad()
+def principal_basis(pairs: Sequence[tuple[Tensor, Tensor]], num_components: int) -> Principal:
+    """The changes b_n a_n of many adapters at one site on the principal directions of their factors.
+
+    U and V are the leading right and left singular vectors of all rows of a and all columns of b, which count alike
+    whatever scale an adapter has given to one factor at the cost of the other. Nothing is taken off before: a mean that
+    adapters share is a direction to keep, where EigenLoRAx looks for what tells adapters apart to learn on
+    (`principal_tensors`; Kaushik et al. 2025, arXiv 2502.04700).
+    """
+    even = [_even(b.double(), a.double()) for b, a in pairs]
+    u = _leading(torch.cat([a for _, a in even]), num_components)  # [K, I]
+    v = _leading(torch.cat([b.mT for b, _ in even]), num_components).mT  # [O, K]
+    made = [(v.mT @ b, a @ u.mT) for b, a in even]
+    losses = []
+    for (b, a), (cb, ca) in zip(even, made, strict=True):
+        whole, held = singular(b, a)[1].square().sum(), singular(cb, ca)[1].square().sum()
+        losses.append(((whole - held).clamp(min=0) / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt())
+    dtype = pairs[0][0].dtype
+    return Principal(u.to(dtype), v.to(dtype), [(cb.to(dtype), ca.to(dtype)) for cb, ca in made], torch.stack(losses))
+
+
+def _even(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product of norm-balanced factors: what is stretched is shared between the two."""
+    u, s, v = singular(b, a)
+    root = s.sqrt()
+    return u * root, root[:, None] * v
+
+
+def _leading(rows: Tensor, count: int) -> Tensor:
+    """Orthonormal [K, C]: the leading right singular vectors of rows [N, C]."""
+    return torch.linalg.eigh(rows.mT @ rows)[1].mT.flip(0)[:count]
 
 
 def principal_tensors(plan: Plan, adapters: Sequence[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Tensors]:
