@@ -1,11 +1,14 @@
 """Claim: a forecast of peak memory is within 4 % (median) and of time within 10 %, on configurations it never saw.
 
 Each truth is measured in a process of its own, and nothing of the forecast was fitted to any of them. Run it alone on a
-quiet machine: `python -m benchmarks.forecast [--memory-only] [NUMBER...]`; it takes the time of 60 processes.
+quiet machine: `python -m benchmarks.forecast [--memory-only] [--rows FILE] [NUMBER...]`; it takes the time of 60
+processes. With --rows every configuration is written to the file as soon as it is known, with its error where it
+failed, and those that the file holds already are not measured again.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -22,7 +25,8 @@ from benchmarks.common import Claim
 DATA = Path(__file__).parent.parent / "examples" / "data" / "docstrings" / "train.jsonl"
 THREADS = 1
 STEPS = 3
-# The default allocator keeps 100 to 800 MB of what was given back, which no forecast can know.
+LONGEST_SECONDS = 600
+# The default allocator keeps 20 to 75 % of what tensors gave back, which no forecast of tensors can know.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,7 +47,7 @@ def configurations(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and recipe of each: methods, sizes, number formats, batches, levers."""
     methods = (
         "lora", "dora", "vera", "oft", "ia3", "loha", "lokr", "fourierft", "boft", "shira", "svft", "road", "full",
-        "bottleneck", "prompt", "prefix", "norm_tuning", "tensor_train", "ether", "mixture",
+        "bottleneck", "prompt", "prefix", "norm_tuning", "tensor_train", "ether", "sora",
     )  # fmt: skip
     for i, method in enumerate(methods):
         shape = ("deep", "grouped", "wide", "words")[i % 4]
@@ -95,11 +99,12 @@ def recipe(
     }
 
 
-def truth(settings: dict[str, Any]) -> dict[str, float]:
+def truth(settings: dict[str, Any], *, memory_only: bool) -> dict[str, float]:
     """In this process: the peak above what there was before, and the seconds of a step, over the run's largest batch
-    and its first steps."""
+    and its first steps; the peak of the largest batch alone where time is not asked for."""
     import torch
 
+    from weft.plan.load import LoadMeter
     from weft.plan.truth import Peak, resident_bytes
     from weft.recipe import Recipe
     from weft.tune.ahead import largest_and_first
@@ -119,29 +124,37 @@ def truth(settings: dict[str, Any]) -> dict[str, float]:
     times = []
     with without_cache(session.model), packed_attention(session.model, session.packed_from):
         train_step(learner, largest, train, rate=1e-6, step=1)
-        for parts in (largest, *first):
+        meter = LoadMeter(THREADS)
+        for parts in (largest,) if memory_only else (largest, *first):
             started = time.perf_counter()
             train_step(learner, parts, train, rate=1e-6, step=1)
             times.append(time.perf_counter() - started)
     # of the first steps: how long they take beside the forecast of the very same ones
-    return {"memory": highest.bytes(), "seconds": sum(times[1:])}
+    return {"memory": highest.bytes(), "seconds": sum(times[1:]), "busy": meter.load().share}
 
 
-def forecast(settings: dict[str, Any]) -> dict[str, float]:
-    """In this process, without the history of past runs."""
+def forecast(settings: dict[str, Any], *, memory_only: bool) -> dict[str, float]:
+    """In this process, without the history of past runs. memory_only: without measuring this machine's speed."""
     import torch
 
     from weft.recipe import Recipe
-    from weft.tune.ahead import foresee_steps
+    from weft.tune.ahead import foresee_memory, foresee_steps, sampled
 
     torch.set_num_threads(THREADS)
-    memory, seconds = foresee_steps(Recipe.model_validate(settings), STEPS)
+    recipe = Recipe.model_validate(settings)
+    if memory_only:
+        tokenizer, splits, _ = sampled(recipe)
+        return {"memory": foresee_memory(recipe, tokenizer, splits).total}
+    memory, seconds = foresee_steps(recipe, STEPS)
     return {"memory": memory, "seconds": seconds}
 
 
-def compare(*, memory_only: bool = False, chosen: list[int] | None = None) -> list[dict[str, Any]]:
-    """Every configuration with its forecast and its truth."""
+def compare(
+    *, memory_only: bool = False, chosen: list[int] | None = None, rows: Path | None = None
+) -> list[dict[str, Any]]:
+    """Every configuration with its forecast and its truth. rows: a file that holds some, and gets the others."""
     found = []
+    known = {row["name"]: row for row in _read(rows) if "error" not in row and (memory_only or _timed(row))}
     with tempfile.TemporaryDirectory(prefix="weft-forecast-") as name:
         folder = Path(name)
         _make_bases(folder)
@@ -149,8 +162,11 @@ def compare(*, memory_only: bool = False, chosen: list[int] | None = None) -> li
         for number, (title, settings) in enumerate(configurations(folder)):
             if chosen and number not in chosen:
                 continue
-            row = {"number": number, "name": title, **_both(settings)}
+            row = known.get(title) or {"number": number, "name": title, **_both(settings, memory_only)}
             found.append(row)
+            if rows is not None and title not in known:
+                with rows.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
             shown = f"{number:3} {title:34} memory {_percent(row, 'memory')}"
             print(shown + ("" if memory_only else f"   time {_percent(row, 'seconds')}"), flush=True)
     return found
@@ -158,28 +174,49 @@ def compare(*, memory_only: bool = False, chosen: list[int] | None = None) -> li
 
 def run() -> list[Claim]:
     """Median and worst errors, as ratios to what was promised."""
-    rows = [row for row in compare() if "error" not in row]
+    every = compare()
+    rows = [row for row in every if "error" not in row]
+    failed = "".join(f"; failed: {row['name']} ({row['error']})" for row in every if "error" in row)
     claims = []
     for key, name, median, worst in (("memory", "peak memory", 0.04, 0.12), ("seconds", "time of a step", 0.10, 0.30)):
         errors = sorted(abs(row["forecast"][key] / row["truth"][key] - 1) for row in rows)
         low, middle, high = statistics.quantiles(errors, n=4)
-        detail = f"{len(rows)} configurations"
+        detail = f"{len(rows)} configurations{failed}"
         claims.append(Claim(f"{name}: median error of the forecast", middle, low, high, median, detail))
         claims.append(Claim(f"{name}: worst error of the forecast", errors[-1], low, high, worst, detail))
     return claims
 
 
-def _both(settings: dict[str, Any]) -> dict[str, Any]:
+def _both(settings: dict[str, Any], memory_only: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(THREADS)}
     for what in ("truth", "forecast"):
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.forecast", f"--{what}"], input=json.dumps(settings), text=True,
-            capture_output=True, env={**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(THREADS)}, check=False,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.forecast", f"--{what}"]
+        try:
+            done = subprocess.run(
+                [*command, "--memory-only"] if memory_only else command, input=json.dumps(settings), text=True,
+                capture_output=True, env=environment, check=False, timeout=LONGEST_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"error": f"{what}: it took more than {LONGEST_SECONDS} s"}
+        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["it said nothing"]
         if done.returncode:
-            return {"error": f"{what}: {done.stderr.strip().splitlines()[-1]}"}
-        found[what] = json.loads(done.stdout.strip().splitlines()[-1])
+            return {"error": f"{what}: exit code {done.returncode}: {lines[-1]}"}
+        try:
+            found[what] = json.loads(lines[-1])
+        except json.JSONDecodeError:
+            return {"error": f"{what}: no figures in {lines[-1]!r}"}
     return found
+
+
+def _read(rows: Path | None) -> list[dict[str, Any]]:
+    if rows is None or not rows.exists():
+        return []
+    return [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def _timed(row: dict[str, Any]) -> bool:
+    return "seconds" in row["forecast"]
 
 
 def _percent(row: dict[str, Any], key: str) -> str:
@@ -187,7 +224,9 @@ def _percent(row: dict[str, Any], key: str) -> str:
         return f"failed: {row['error']}"
     unit, name = (1e6, "MB") if key == "memory" else (1, "s")
     told, real = row["forecast"][key], row["truth"][key]
-    return f"{told / unit:8.2f} for {real / unit:8.2f} {name} ({told / real - 1:+.1%})"
+    busy = row["truth"]["busy"]
+    disturbed = f", while others took {busy:.0%}" if key == "seconds" and busy > 0.05 else ""
+    return f"{told / unit:8.2f} for {real / unit:8.2f} {name} ({told / real - 1:+.1%}{disturbed})"
 
 
 def _make_bases(folder: Path) -> None:
@@ -205,13 +244,17 @@ def _make_bases(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] in (["--truth"], ["--forecast"]):
+    if sys.argv[1:2] in (["--truth"], ["--forecast"]):
         side = truth if sys.argv[1] == "--truth" else forecast
-        print(json.dumps(side(json.load(sys.stdin))))
+        print(json.dumps(side(json.load(sys.stdin), memory_only="--memory-only" in sys.argv)))
     else:
-        numbers = [int(each) for each in sys.argv[1:] if each.isdecimal()]
-        rows = compare(memory_only="--memory-only" in sys.argv, chosen=numbers or None)
-        for what in ("memory", "seconds"):
-            off = sorted(abs(r["forecast"][what] / r["truth"][what] - 1) for r in rows if "error" not in r)
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("numbers", nargs="*", type=int, help="of the configurations; all where none is given")
+        parser.add_argument("--memory-only", action="store_true", help="show no times")
+        parser.add_argument("--rows", type=Path, help="a file of JSON lines: what it holds is not measured again")
+        asked = parser.parse_args()
+        found = compare(memory_only=asked.memory_only, chosen=asked.numbers or None, rows=asked.rows)
+        for what in ("memory",) if asked.memory_only else ("memory", "seconds"):
+            off = sorted(abs(r["forecast"][what] / r["truth"][what] - 1) for r in found if "error" not in r)
             if off:
                 print(f"{what}: median {statistics.median(off):.1%}, worst {off[-1]:.1%} of {len(off)}")

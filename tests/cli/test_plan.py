@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from weft.plan import calibration, fit
+from weft.plan import fit
 from weft.plan.calibration import Rates
 from weft.recipe import load_recipe
 from weft.tune import ahead
@@ -93,19 +93,3 @@ def test_wrong_use(weft, recipe: Path, options, words) -> None:
     done = weft("plan", recipe, *options)
     assert done.code == 2
     assert words in done.err
-
-
-def test_calibration_is_remembered(monkeypatch) -> None:
-    import torch
-
-    from weft.tune import calibrate
-
-    asked = []
-    monkeypatch.setattr(calibrate, "measure", lambda device: asked.append(device) or RATES)
-    monkeypatch.setattr(calibrate, "_proved", lambda rates, device: rates)
-    cpu = torch.device("cpu")
-    assert calibrate.calibrated(cpu) == calibrate.calibrated(cpu)
-    assert len(asked) == 1
-    calibrate.calibrated(cpu, recalibrate=True)
-    assert len(asked) == 2
-    assert calibration.machine_key(cpu) != ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weft.plan.cache import append_record, cache_folder, read_json, read_records, write_json
-from weft.plan.history import Correction, correct, distance
+from weft.plan.history import Correction, correct, distance, doubt
 
 FACTS = {"machine": "m", "method": "lora", "dtype": "float32", "quantize": None, "num_frozen": 10**6, "tokens": 1000}
 
@@ -43,6 +43,36 @@ def test_a_run_without_a_time_still_tells_memory() -> None:
     found = correct(FACTS, [{"facts": FACTS, "memory": 1.3}])
     assert found.memory > 1
     assert found.time == 1
+
+
+def test_a_run_of_the_very_same_kind_counts_for_more() -> None:
+    same, similar = correct(FACTS, runs(2.0)), correct(FACTS, runs(2.0, method="dora"))
+    assert 1.5 < same.memory < 2
+    assert 1 < similar.memory < 1.3
+
+
+def test_times_are_carried_over_to_another_calibration() -> None:
+    """A run that took twice the time of rates that were themselves three times too slow."""
+    old = [{"facts": {**FACTS, "reference_seconds": 3.0}, "time": 0.4} for _ in range(7)]
+    now = {**FACTS, "reference_seconds": 1.0}
+    assert correct(now, old).time > 1.15
+    assert correct({**now, "reference_seconds": 3.0}, old).time < 0.5
+    assert correct(FACTS, old).time < 0.5  # nothing to carry it by
+
+
+def test_a_doubtful_calibration() -> None:
+    run = {
+        "facts": {**FACTS, "calibrated": "monday"}, "time": 1.0, "forecast": {"tokens_per_second": 100.0},
+        "measured": {"tokens_per_second": 300.0, "seconds": 60.0},
+    }  # fmt: skip
+    right = {**run, "measured": {"tokens_per_second": 110.0, "seconds": 60.0}}
+    disturbed = {key: value for key, value in run.items() if key != "time"}
+    assert doubt([run], machine="m", calibrated="monday") == 100 / 300
+    assert doubt([run, right], machine="m", calibrated="monday") is None
+    assert doubt([run], machine="m", calibrated="tuesday") is None
+    assert doubt([run], machine="other", calibrated="monday") is None
+    assert doubt([disturbed], machine="m", calibrated="monday") is None
+    assert doubt([], machine="m", calibrated="monday") is None
 
 
 def test_the_cache(tmp_path, monkeypatch) -> None:

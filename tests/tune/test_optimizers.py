@@ -10,7 +10,7 @@ import torch
 from tests.common.models import llama
 from tests.tune import runs
 from weft import methods, parameters
-from weft.core.method import Method
+from weft.core.router import Router, experts
 from weft.errors import WeftError
 from weft.optim import ZerothOrder, held_bytes
 from weft.recipe import Train
@@ -297,7 +297,7 @@ def test_schedule_free_measures_and_saves_the_average(tiny, tmp_path):
         ("full", {}),
         ("tensor_train", {"optimizer": "adafactor"}),
         ("vera", {"optimizer": "smmf"}),
-        ("mixture", {"lora_plus": 4.0}),
+        ("dora", {"lora_plus": 4.0}),
         ("dora", {"optimizer": "scaled-adamw"}),
     ],
 )
@@ -323,14 +323,15 @@ def test_master_weights_are_counted(tiny, tmp_path):
 def test_pairs_are_known_by_their_method_and_not_by_their_name():
     model = llama()
     found = {}
-    for name in ("lora", "dora", "mixture", "loha", "full"):
+    for name in ("lora", "dora", "loha", "full"):
         tensors = planned_tensors(resolve(model, methods()[name](), ["q_proj", "embed_tokens"][: 1 + (name == "lora")]))
         found[name] = (len(tensors.pairs), len(tensors.copies))
     assert found["lora"][0] == found["dora"][0] + 1 > 1
-    assert found["mixture"] == found["dora"]
+    mixture = methods()["top_k"](experts=experts(methods()["lora"](), 3))
+    assert len(planned_tensors(resolve(model, mixture, ["q_proj"])).pairs) == 3 * found["dora"][0]
     assert found["loha"] == (0, 0)
     assert found["full"][0] == 0 < found["full"][1]
-    assert all(isinstance(m.pairs, tuple) and issubclass(m, Method) for m in methods().values())
+    assert all(issubclass(m, Router) or isinstance(m.pairs, tuple) for m in methods().values())
 
 
 @pytest.mark.parametrize(

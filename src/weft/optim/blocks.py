@@ -86,7 +86,7 @@ class TakingTurns(Own):
 
     def __init__(self, groups: Groups, setting: Setting, turn: Turn, *, period: int, eps: float, always: bool):
         super().__init__(groups, setting.rate)
-        self._betas, self._turn, self._period, self._eps = setting.betas, turn, period, eps
+        self._betas, self._turn, self.period, self._eps = setting.betas, turn, period, eps
         self._blocks = _layers(setting) if always else _blocks(setting)
         self._begin()
 
@@ -97,7 +97,7 @@ class TakingTurns(Own):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update, and the change of turns when it is time."""
         super().step()
-        if self.num_steps % self._period == 0:
+        if self.num_steps % self.period == 0:
             for block in self._blocks:
                 for p in block:
                     self.state.pop(p, None)
@@ -114,7 +114,7 @@ class TakingTurns(Own):
                 p.requires_grad_(True)
 
     def _begin(self) -> None:
-        chosen = self._turn(self.num_steps // self._period)
+        chosen = self._turn(self.num_steps // self.period)
         for i, block in enumerate(self._blocks):
             for p in block:
                 p.requires_grad_(i in chosen)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 __all__ = ["MATMULS", "Rates", "machine_key", "measure"]
 
-_VERSION = 1  # of what is measured
+_VERSION = 2  # of what is measured
 
 # (M, K, N): the shapes of layers, of their thin adapters, and of the gradients of both
 MATMULS = (
@@ -32,12 +32,28 @@ class Rates:
     """Seconds of single operations. matmul: {dtype: [[M, K, N, seconds], ...]}; the rest: {class: [[size, seconds]]}.
 
     call_seconds: what any operation costs beside its work. scale: what a whole step takes beyond its operations.
+    reference_seconds: of a real step, by which the rates of two days can be compared. busy: what other processes did
+    meanwhile, where that matters. measured: when. notes: what a user should know of it.
     """
 
     matmul: Mapping[str, list[list[float]]]
     passes: Mapping[str, list[list[float]]]
     call_seconds: float
     scale: float = 1.0
+    reference_seconds: float = 0.0
+    busy: str = ""
+    measured: str = ""
+    notes: tuple[str, ...] = ()
+
+    def fastest(self, other: Rates) -> Rates:
+        """Of each operation the faster of two times: others can only slow one down."""
+        matmul = {k: [[*a[:3], min(a[3], b[3])] for a, b in _both(v, other.matmul[k])] for k, v in self.matmul.items()}
+        passes = {k: [[a[0], min(a[1], b[1])] for a, b in _both(v, other.passes[k])] for k, v in self.passes.items()}
+        return replace(self, matmul=matmul, passes=passes, call_seconds=min(self.call_seconds, other.call_seconds))
+
+
+def _both(a: list[list[float]], b: list[list[float]]) -> Iterator[tuple[list[float], list[float]]]:
+    return zip(a, b, strict=True)
 
 
 def machine_key(device: torch.device) -> str:

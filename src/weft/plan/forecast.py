@@ -13,6 +13,7 @@ __all__ = ["NAMES", "Forecast", "readable_bytes", "readable_seconds"]
 NAMES = {
     "weights": "base weights", "adapters": "adapter", "gradients": "gradients", "optimizer": "optimiser",
     "activations": "activations", "loss": "loss", "workspace": "workspace", "process": "libraries",
+    "allocator": "allocator",
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ class Memory:
     """Bytes at the peak of a training step, by what they are for.
 
     activations: what layers keep for the backward. loss: what the head and the loss keep. workspace: what single
-    operations hold at that moment. process: what the libraries take beside tensors.
+    operations hold at that moment. process: what the libraries take beside tensors. allocator: what the C library keeps
+    of memory that was given back.
     """
 
     weights: int = 0
@@ -27,6 +28,12 @@ class Memory:
     loss: int = 0
     workspace: int = 0
     process: int = 0
+    allocator: int = 0
+
+    @property
+    def tensors(self) -> int:
+        """All that a step makes: neither weights nor what the process holds beside tensors."""
+        return self.total - self.weights - self.process - self.allocator
 
     @property
     def total(self) -> int:

@@ -17,13 +17,13 @@ __all__ = ["StandIn", "quantise_fake"]
 
 _NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # codes, one byte of scale for 64 of them, and a scale for 256 scales
 _INT8_BITS = 8.0
-_GRID_STEPS = 3  # codes, zero points or scales by weight, and their product
+_GRID_STEPS = 1  # codes, zero points or scales: one of them is there beside the weight
 
 
 class StandIn(PackedLinear):
     """So many bytes, from which a dense weight comes.
 
-    steps: tensors of the weight's size that its making holds at once, beside the weight itself.
+    steps: tensors of the weight's size, in float32 as the weight itself is then, that its making holds beside it.
     """
 
     def __init__(self, old: nn.Linear, bits: float, *, steps: int = 0):
@@ -34,10 +34,12 @@ class StandIn(PackedLinear):
 
     def dequantize(self) -> Tensor:
         """A weight [O, I] in the number format of the layer that this one stands for."""
+        if not self.steps:
+            return self._dense(self.dtype)
         held = [self._dense(torch.float32) for _ in range(self.steps)]
-        dense = self._dense(self.dtype)
+        dense = self._dense(torch.float32)
         del held
-        return dense
+        return dense.to(self.dtype)
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         return self.codes[:1].expand(self.out_features, self.in_features).to(dtype)

@@ -146,6 +146,8 @@ def _with_full_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     for section, key in _PATH_KEYS:
         if isinstance(raw.get(section), dict) and key in raw[section]:
             raw[section][key] = _full(raw[section][key], folder)
+    if isinstance(raw.get("start"), str):
+        raw["start"] = _full(raw["start"], folder)
     base = raw.get("base")
     if isinstance(base, dict) and str(base.get("model")).startswith((".", "~")):
         base["model"] = _full(base["model"], folder)

@@ -167,6 +167,11 @@ class Recipe(Section):
         description="how the base is adapted: a name from `weft methods` and its hyper-parameters, or a combination of "
         "methods, mam or unipelt",
     )
+    start: str | None = Field(
+        default=None,
+        description="folder of an adapter or a run to go on from, instead of a new one: it says its own method, "
+        "targets and sizes; null: a new adapter",
+    )
     targets: str | tuple[str, ...] | dict[str, dict[str, Any]] | None = Field(
         default=None,
         description="what is adapted: all-linear, attention, mlp, a list of names or globs, or "
@@ -178,6 +183,11 @@ class Recipe(Section):
     )
     save_modules: tuple[str, ...] = Field(
         default=(), description="modules that are trained in full and saved, such as a new head"
+    )
+    tied: Literal["refuse", "share", "separate"] = Field(
+        default="refuse",
+        description="an adapter at one of two modules that hold one weight (an input embedding and a head): refuse it, "
+        "share it between both, or keep it separate, for the chosen one alone",
     )
     train: Train = Field(default=Train(), description="how it is learnt")
     preference: Preference = Field(default=Preference(), description="the loss of task: preference")
@@ -193,6 +203,15 @@ class Recipe(Section):
     def _preference_is_the_task(self) -> Recipe:
         if self.task != "preference" and self.preference != Preference():
             raise ValueError(f"the section preference is for task: preference, and the task is {self.task}")
+        return self
+
+    @model_validator(mode="after")
+    def _start_says_the_method(self) -> Recipe:
+        if self.start is None:
+            return self
+        said = [k for k in ("method", "targets", "layers", "save_modules", "tied") if getattr(self, k) != _default(k)]
+        if said:
+            raise ValueError(f"start: {self.start} says by itself what is trained: leave {', '.join(said)} out")
         return self
 
     @field_validator("method")
@@ -212,3 +231,7 @@ class Recipe(Section):
             if any(int(bound[0]) > int(bound[-1]) for bound in bounds):
                 raise ValueError("a range of layers goes up, as in 4-7")
         return layers
+
+
+def _default(key: str) -> Any:
+    return Recipe.model_fields[key].get_default()

@@ -96,6 +96,10 @@ class Train(Section):
     adapter_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="number format of the trained tensors; null: that of the base, at least float32"
     )
+    adapter_bits: Annotated[int, Field(ge=1, le=8)] | None = Field(
+        default=None,
+        description="bits of an entry of the trained matrices, in every forward and in the saved adapter; null: all",
+    )
     master_weights: bool = Field(default=False, description="step float32 copies of trained tensors of lower precision")
     merge_every: Positive | None = Field(
         default=None,
@@ -175,12 +179,26 @@ class Train(Section):
                 )
         if self.optimizer_in_backward:
             _check_in_backward(self)
+        _check_bits(self)
         low = self.adapter_dtype in ("bfloat16", "float16")
         if self.master_weights and not low:
             raise ValueError("master_weights: the trained tensors are float32 already; set adapter_dtype to bfloat16")
         if self.adapter_dtype == "float16" and not self.master_weights:
             raise ValueError("adapter_dtype float16 loses small steps; set master_weights to true, or use bfloat16")
         return self
+
+
+def _check_bits(train: Train) -> None:
+    name = train.optimizer if isinstance(train.optimizer, str) else train.optimizer["name"]
+    wrong = {
+        "optimizer_in_backward steps them where they are": train.optimizer_in_backward,
+        "merge_every writes into them between steps": train.merge_every is not None,
+        f"{name} averages what is trained": name in SCHEDULE_FREE,
+        f"{name} moves the trained tensors themselves": name in FORWARD_ONLY,
+    }
+    for why, is_wrong in wrong.items():
+        if train.adapter_bits is not None and is_wrong:
+            raise ValueError(f"adapter_bits keeps tensors of full precision beside those in use, and {why}")
 
 
 def _check_in_backward(train: Train) -> None:

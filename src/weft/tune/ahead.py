@@ -12,6 +12,7 @@ import torch
 
 from weft.base import find_base
 from weft.data import Batch, Splits, load_data
+from weft.plan.allocator import ALLOCATOR_NOTE, kept_share
 from weft.plan.cache import read_records
 from weft.plan.calibration import Rates, machine_key
 from weft.plan.forecast import Forecast
@@ -30,7 +31,7 @@ from weft.tune.skeleton import Skeleton, skeleton
 
 __all__ = ["foresee", "foresee_memory", "foresee_steps", "largest_and_first", "plan", "sampled"]
 
-_SAMPLE_ROWS = 2000  # of a larger file the first so many say how long its rows are
+_SAMPLE_ROWS = 1000  # of a larger file the first so many say how long its rows are
 _SAMPLE_STEPS = 200
 _LIBRARIES = 37_000_000  # what a training process holds beside tensors: code, thread stacks, buffers of MKL
 _BITSANDBYTES = 44_000_000  # what importing and using that library adds
@@ -84,11 +85,12 @@ def foresee(
     rows = round(len(splits.train) * share)
     settings, total = recipe.train, num_steps(recipe.train, rows)
     tokens = sum(part.num_tokens for parts in steps for part in parts) / len(steps)
-    facts = _facts(bones, worst, key)
+    facts = _facts(bones, worst, key, rates)
     correction = correct(facts, read_records())
     adapters = memory.adapters
-    notes = [bones.session.rows] if bones.session.rows else []
+    notes = [*rates.notes, *([bones.session.rows] if bones.session.rows else [])]
     notes += law_hints(recipe, num_parameters=bones.num_body, tokens_per_step=tokens, num_steps=total)
+    notes += [ALLOCATOR_NOTE] if memory.allocator and not correction.num_runs else []
     if share > 1:
         notes.append(f"data: {len(splits.train):,} of about {rows:,} rows were read")
     return Forecast(
@@ -163,6 +165,9 @@ def _seconds(
     bones: Skeleton, steps: Sequence[Sequence[Batch]], traces: Sequence[tuple[int, Trace]], rates: Rates
 ) -> float:
     """Seconds of a step, on average: on the line through the traced batches, by tokens."""
+    if bones.turn is not None:  # layers take turns: not the turn with the highest memory, but a middling one
+        bones = skeleton(bones.recipe, bones.session.tokenizer, bones.session.splits, middling=True)
+        _, traces = _traced(bones, steps)
     found = [(size, *step_seconds(trace, bones.depth.extra, rates)) for size, trace in traces]
     high, whole, update = found[0]
     low, part, _ = found[-1]
@@ -182,6 +187,7 @@ def _memory(bones: Skeleton, worst: Batch, trace: Trace, device: torch.device) -
     if device.type == "cpu":
         process = _LIBRARIES + (_BITSANDBYTES if bones.recipe.base.quantize in ("nf4", "fp4", "int8") else 0)
         found = replace(found, weights=found.weights - bones.untouched_bytes(), process=process)
+        found = replace(found, allocator=round(kept_share() * found.tensors))
     return found
 
 
@@ -191,15 +197,18 @@ def _recomputed(bones: Skeleton, worst: Batch) -> Memory:
     return peak(other.trace(worst, held=False), bones.depth.extra)
 
 
-def _facts(bones: Skeleton, worst: Batch, machine: str) -> dict[str, Any]:
+def _facts(bones: Skeleton, worst: Batch, machine: str, rates: Rates) -> dict[str, Any]:
     recipe = bones.recipe
     return {
         "machine": machine,
+        "calibrated": rates.measured,
+        "reference_seconds": rates.reference_seconds,
         "method": recipe.method["name"],
         "dtype": recipe.train.precision or recipe.base.dtype,
         "quantize": recipe.base.quantize,
         "packed": bones.session.packed_from is not None,
         "activations": recipe.train.activation_budget or recipe.train.activations,
+        "allocator": kept_share() > 0,
         "num_frozen": bones.num_frozen,
         "tokens": worst.input_ids.numel(),
     }

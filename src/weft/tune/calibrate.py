@@ -1,10 +1,12 @@
-"""The rates of this machine, proved on real training steps: what a step takes beyond its operations."""
+"""The rates of this machine, proved on real training steps, and when those that are kept are not to be trusted."""
 
 from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
@@ -15,8 +17,10 @@ from weft.base import load_base
 from weft.data import IGNORED, Dataset, Example, Splits
 from weft.data.detect import Layout
 from weft.data.lint import LintReport
-from weft.plan.cache import read_json, write_json
+from weft.plan.cache import read_json, read_records, write_json
 from weft.plan.calibration import Rates, machine_key, measure
+from weft.plan.history import doubt
+from weft.plan.load import LoadMeter
 from weft.plan.speed import num_calls, step_seconds
 from weft.recipe import Recipe
 from weft.targets import resolve
@@ -28,20 +32,74 @@ from weft.tune.skeleton import skeleton
 from weft.tune.step import train_step
 from weft.tune.tasks import TASKS
 
-__all__ = ["calibrated"]
+__all__ = ["calibrated", "settled_seconds"]
 
 _FILE = "machine.json"
 _SMALL, _LARGE = (1, 8), (2, 384)  # rows and tokens of a step that is all overhead, and of one that is all work
 
 
+_BUSY = 0.05  # share of the time: more, and what was measured is not kept as if the machine had been quiet
+_LOOK_SECONDS = 0.2
+_CALM_STEPS, _MOST_STEPS = 4, 10
+_OWN = 0.95  # of a step's time the main thread was on a processor: nothing came between
+
+
 def calibrated(device: torch.device, *, recalibrate: bool = False) -> Rates:
-    """The rates of this machine: remembered, or measured now, which takes a few seconds."""
+    """The rates of this machine: remembered, or measured now, which takes a few seconds.
+
+    They are measured again where the last ones were measured while other processes ran and these have stopped, and
+    where the last run that went by them took much more or much less time than they said.
+    """
     known, key = read_json(_FILE), machine_key(device)
-    if key in known and not recalibrate:
-        return Rates(**known[key])
-    found = _proved(measure(device), device)
-    write_json(_FILE, {**known, key: asdict(found)})
-    return found
+    kept = _kept(known.get(key))
+    notes: list[str] = []
+    off = None
+    if kept is not None and not recalibrate:
+        off = doubt(read_records(), machine=key, calibrated=kept.measured)
+        if off is not None:
+            notes = [f"the last run took {off:.1f} x its forecast time: the machine's speed was measured anew"]
+        elif not kept.busy:
+            return kept
+        elif _busy_now():
+            return replace(kept, notes=(_said(kept),))
+    meter = LoadMeter(torch.get_num_threads())
+    found = measure(device)
+    if meter.load().share > _BUSY:
+        found = found.fastest(measure(device))
+    found = _proved(found, device)
+    load = meter.load()
+    busy = str(load) if load.share > _BUSY else ""
+    found = replace(found, busy=busy, measured=datetime.now(UTC).isoformat(timespec="seconds"))
+    if busy:
+        notes.append(_said(found))
+        if kept is not None and kept.reference_seconds < found.reference_seconds and (kept.busy or off is None):
+            found = replace(kept, measured=found.measured if kept.busy else kept.measured)  # the less disturbed one
+            notes[-1] += "; the speed from before is kept"
+    stored = asdict(found)
+    stored.pop("notes")
+    write_json(_FILE, {**known, key: stored})
+    return replace(found, notes=tuple(notes))
+
+
+def _kept(stored: Any) -> Rates | None:
+    """Rates of the cache; None for none, and for what another version wrote."""
+    try:
+        return None if stored is None else Rates(**stored)
+    except TypeError:
+        return None
+
+
+def _said(rates: Rates) -> str:
+    return (
+        f"the machine was busy while its speed was measured ({rates.busy}), so the forecast of time is rough until it "
+        "is measured again without them"
+    )
+
+
+def _busy_now() -> bool:
+    meter = LoadMeter(torch.get_num_threads())
+    time.sleep(_LOOK_SECONDS)
+    return meter.load().share > _BUSY
 
 
 def _proved(rates: Rates, device: torch.device) -> Rates:
@@ -67,23 +125,38 @@ def _proved(rates: Rates, device: torch.device) -> Rates:
     work = step_seconds(trace, bones.depth.extra, replace(rates, call_seconds=0.0))[0]
     rates = replace(rates, call_seconds=max((real - work) / calls, rates.call_seconds))
     real, trace = found[_LARGE]
-    return replace(rates, scale=real / step_seconds(trace, bones.depth.extra, rates)[0])
+    return replace(rates, scale=real / step_seconds(trace, bones.depth.extra, rates)[0], reference_seconds=real)
 
 
 def _real_seconds(session: Session, batch: Any) -> float:
     """The seconds of a step, once it has settled."""
     learner = make_learner(session)
-    times = []
+    times: list[tuple[float, float]] = []
     session.model.train()
     try:
         with without_cache(session.model):
-            for _ in range(5):
-                started = time.perf_counter()
+            while len(times) < _MOST_STEPS and len(_calm(times)) < _CALM_STEPS + 1:
+                started, own = time.perf_counter(), time.thread_time()
                 train_step(learner, [batch], session.recipe.train, rate=1e-9, step=1)
-                times.append(time.perf_counter() - started)
+                wall, own = time.perf_counter() - started, time.thread_time() - own
+                times.append((wall, wall if session.device.type == "cuda" else own))
     finally:
         leave(learner)
-    return median(times[1:])
+    return settled_seconds(times[1:])
+
+
+def settled_seconds(times: Sequence[tuple[float, float]]) -> float:
+    """Of (seconds, the main thread's own seconds) of steps: the median of those that nothing came between.
+
+    Where something always does, the least time of its own that the main thread took: it does its share of the work and
+    waits for the others by turning round, so that is what the step takes without the rest.
+    """
+    calm = _calm(times)
+    return median(calm) if len(calm) > 1 else min(own for _, own in times)
+
+
+def _calm(times: Sequence[tuple[float, float]]) -> list[float]:
+    return [wall for wall, own in times if own > _OWN * wall]
 
 
 def _made(rows: int, tokens: int) -> Splits:

@@ -21,6 +21,7 @@ __all__ = ["Evolution", "evolution_of"]
 
 _FOREIGN = {
     "optimizer_in_backward": "the gradients that it looks at are gone after the backward",
+    "adapter_bits": "what it writes would be overwritten from the tensors of full precision",
     "master_weights": "what it writes would be overwritten from the float32 copies",
 }
 
@@ -73,7 +74,7 @@ def evolution_of(
     """What changes tensors between the steps of an adapter's training, or None; WeftError where a key forbids it."""
     parts: dict[Method, list[Part]] = {}
     for adapter in records(model)[name].adapters.values():
-        if type(adapter.method).evolve is Method.evolve:
+        if not adapter.method.evolves():
             continue
         tensors = {**dict(adapter.named_parameters(recurse=False)), **dict(adapter.named_buffers(recurse=False))}
         part = Part(adapter.site, tensors, {}, _restart(optimizer, tensors))

@@ -30,7 +30,7 @@ from weft.tune.machine import DISK_ERRORS, memory_bytes
 from weft.tune.optimizers import finish, make_optimizer, settled
 from weft.tune.optimizers import notes as notes_of
 from weft.tune.progress import Progress
-from weft.tune.regularise import CoTo, Gradient, Mixout, scale_rows
+from weft.tune.regularise import CoTo, FewBits, Gradient, Mixout, scale_rows
 from weft.tune.session import Session
 from weft.tune.step import Diverged, Learner, StepResult, backpropagate, make_scaler, update_all
 from weft.tune.stop import Interrupted, Stop
@@ -78,6 +78,9 @@ def make_learner(session: Session) -> Learner:
     if settings.optimizer_in_backward:
         stepper = InBackward(optimizer, trained, masters=settings.master_weights)
         learner.update, learner.hooks = stepper.update, [*learner.hooks, *stepper.hooks]
+    if settings.adapter_bits is not None:
+        few = FewBits(trained, settings.adapter_bits, optimizer, learner.update)
+        learner.update, learner.codes = few.update, few.codes
     return learner
 
 

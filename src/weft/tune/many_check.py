@@ -23,6 +23,7 @@ _ALONE: dict[str, tuple[Any, str]] = {
     "activation_budget": (None, "it is fitted to the batch of one run; set activations instead"),
     "optimizer_in_backward": (False, "a batch's gradients are shared out after the backward; set it to false"),
     "master_weights": (False, "the trained tensors of all runs are rows of one; set it to false"),
+    "adapter_bits": (None, "it swaps one adapter's tensors around its own update; set it to null"),
     "mixout": (0.0, "it changes one adapter's tensors around its own forward; set it to 0"),
     "coto": (0.0, "it takes one adapter's layers out around its own forward; set it to 0"),
     "allora": (None, "it scales each adapter's gradient inside the backward; set it to null"),

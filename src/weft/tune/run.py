@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from weft.adapter import fingerprint
+from weft.adapter import fingerprint, native_tensors
+from weft.attach import records
+from weft.compress import Code, packed
 from weft.errors import WeftError
 from weft.interop.folder import save
 from weft.plan.forecast import Forecast
-from weft.plan.truth import Peak, resident_bytes
+from weft.plan.truth import Peak
 from weft.quantise.checkpoint import write_quantised
 from weft.recipe import Recipe, to_yaml
 from weft.tune import checkpoint
@@ -42,7 +45,7 @@ from weft.tune.session import Session, attach_adapter, prepare, short_plan, thre
 from weft.tune.step import Learner
 from weft.tune.stop import Interrupted
 from weft.tune.trained import trained_tensors
-from weft.tune.truth import Watched, foretell
+from weft.tune.truth import Watched, bytes_at_rest, foretell
 
 __all__ = ["DryRun", "Run", "dry_run", "tune"]
 
@@ -104,7 +107,7 @@ def tune(
 
 
 def _tune(recipe: Recipe | str | Path, resume: bool, overwrite: bool, console: Console) -> TuneResult:
-    before = resident_bytes()
+    before = bytes_at_rest()
     session = prepare(recipe, lambda text: console.print(text, markup=False))
     check_processes(session.recipe)
     run = Run(session, console, resume, baseline_bytes=before)
@@ -130,6 +133,7 @@ class Run:
         self.keeper = Keeper(session.folder / "checkpoints", session.recipe.train.keep_checkpoints, session.name)
         self.found: checkpoint.Checkpoint | None = None
         self.compiled: dict[str, int] | None = None
+        self.codes: Mapping[str, Code] = {}
         self.sinks: list[Sink] = []
 
     def say(self, text: str) -> None:
@@ -303,6 +307,7 @@ class Run:
         watched = Watched(self.forecast, Peak(self.session.device, self.baseline))
         at = done.step, done.num_tokens, done.seconds
         learn(self.session, learner, done, self.keeper, self.sinks, progress)
+        self.codes = {} if learner.codes is None else learner.codes()
         if learner.compiled is not None:
             self.compiled = learner.compiled.as_dict()
             self.say(str(learner.compiled))
@@ -347,7 +352,9 @@ class Run:
             "before": before.figures,
             "after": after.figures,
         }
-        return save(self.session.model, self.session.folder / "adapter", name=self.session.name, provenance=provenance)
+        model, name, folder = self.session.model, self.session.name, self.session.folder / "adapter"
+        held = packed(native_tensors(records(model)[name]), self.codes) if self.codes else None
+        return save(model, folder, name=name, provenance=provenance, held=held)
 
     def save_base(self) -> None:
         """The quantised base with the codes that the start wrote: no other is this adapter's base."""

@@ -17,9 +17,11 @@ from weft.attach import attach_plan, use
 from weft.core import Method
 from weft.data import Batch, Dataset, Splits, batches, collate, load_data
 from weft.errors import WeftError
+from weft.interop.folder import Opened, open_folder
 from weft.quantise import Originals
 from weft.recipe import Recipe, load_recipe, resolve_method
 from weft.registry import methods
+from weft.reopen import adapter_folder
 from weft.targets import Plan, resolve
 from weft.tune.evaluate import context_length, device_of, load_forgetting, pad_token
 from weft.tune.loop import num_steps
@@ -98,7 +100,7 @@ def prepare(recipe: Recipe | str | Path, say: Say, *, beside: Session | None = N
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     method = resolve_method(recipe.method, methods())
     check_optimizer(recipe.train)
-    if planned:
+    if planned and recipe.start is None:
         check_levers(recipe, method)
     resolve_schedule(recipe.train.schedule)
     folder = Path(recipe.output or "runs/adapter")
@@ -117,6 +119,8 @@ def prepare(recipe: Recipe | str | Path, say: Say, *, beside: Session | None = N
     originals.follow(model)
     name = _adapter_name(folder)
     plan = resolve_plan(model, recipe, name=name) if planned else Plan(name, method, ())
+    if planned and recipe.start is not None:
+        check_levers(recipe, plan.method)
     return Session(recipe, name, folder, model, tokenizer, splits, base_like, task, plan, originals)
 
 
@@ -136,8 +140,13 @@ def check_levers(recipe: Recipe, method: Method) -> None:
         check_offload(torch.device("cpu"))
 
 
-def resolve_plan(model: nn.Module, recipe: Recipe, *, name: str) -> Plan:
-    """What a recipe adapts in a model that was prepared for its task."""
+def resolve_plan(model: nn.Module, recipe: Recipe, *, name: str, any_base: bool = False) -> Plan:
+    """What a recipe adapts in a model that was prepared for its task.
+
+    any_base: take an adapter to go on from as it is, without a look at the weights that it was made on.
+    """
+    if recipe.start is not None:
+        return _opened(model, recipe, name, any_base=any_base).plan
     return resolve(
         model,
         resolve_method(recipe.method, methods()),
@@ -145,19 +154,37 @@ def resolve_plan(model: nn.Module, recipe: Recipe, *, name: str) -> Plan:
         name=name,
         layers=recipe.layers,
         save_modules=tuple(dict.fromkeys([*TASKS[recipe.task].save_modules, *recipe.save_modules])),
-        dtype=None if recipe.train.adapter_dtype is None else getattr(torch, recipe.train.adapter_dtype),
+        tied=recipe.tied,
+        dtype=_dtype(recipe),
         seed=recipe.train.seed,
     )
 
 
 def attach_adapter(session: Session) -> None:
     """Carry out the plan, and use the adapter."""
-    model, plan = session.model, session.plan
-    attach_plan(model, plan, statistics=start_statistics(model, plan, session.originals, session.calibration()))
+    model, plan, recipe = session.model, session.plan, session.recipe
+    if recipe.start is not None:
+        opened = _opened(model, recipe, session.name)
+        attach_plan(model, plan, tensors=opened.tensors, shared=opened.shared)
+    else:
+        found = start_statistics(model, plan, session.originals, session.calibration())
+        session.plan = attach_plan(model, plan, statistics=found).plan
     use(model, session.name)
     session.packed_from, session.rows = choose_packing(
         model, session.splits.train.examples, session.recipe.train, task=session.recipe.task
     )
+
+
+def _opened(model: nn.Module, recipe: Recipe, name: str, *, any_base: bool = False) -> Opened:
+    """The adapter that a run goes on from."""
+    assert recipe.start is not None, "asked for a recipe that has a start"
+    return open_folder(model, adapter_folder(recipe.start), name, any_base=any_base, dtype=_dtype(recipe))
+
+
+def _dtype(recipe: Recipe) -> torch.dtype | None:
+    """The number format of the adapter, where the recipe says it."""
+    wanted = recipe.train.adapter_dtype
+    return None if wanted is None else getattr(torch, wanted)
 
 
 def model_inputs(batch: Batch, *, labels: bool = False) -> dict[str, torch.Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from weft.attach import attach_plan, use
 from weft.base import find_base
+from weft.core.method import Frozen
 from weft.data import Batch, Splits
+from weft.fresh import fresh
 from weft.patterns import layer_of
 from weft.plan.depth import Depth, shorten
 from weft.plan.quantised import quantise_fake
 from weft.plan.trace import Trace
-from weft.recipe import Recipe, resolve_method
-from weft.registry import methods
-from weft.targets import Plan, resolve
+from weft.recipe import Recipe
+from weft.targets import Plan, PlannedSite, structure, walk
 from weft.tune.learn import leave, make_learner
 from weft.tune.packing import choose_packing, packed_attention
-from weft.tune.session import Session
+from weft.tune.session import Session, resolve_plan
 from weft.tune.step import Learner, train_step
 from weft.tune.tasks import TASKS
+from weft.tune.turns import STAND_IN, Turn, turns
 
 __all__ = ["Skeleton", "skeleton"]
 
@@ -49,6 +52,8 @@ class Skeleton:
     session: Session
     stored: torch.dtype | None
     """The number format of the checkpoint."""
+    turn: Turn | None = None
+    """The layers that train, where an optimiser lets layers take turns."""
 
     def trace(self, batch: Batch, *, held: bool) -> Trace:
         """One training step on a batch, recorded. held: with gradients of batches before it in the same step."""
@@ -60,7 +65,7 @@ class Skeleton:
             found.on = True
             self._give(found, learner, held=held)
             handles = found.watch_layers({i: self.layers[i] for i in self.depth.kept}, learner.optimizer)
-            handles += [p.register_post_accumulate_grad_hook(found.gradient) for p in learner.parameters.values()]
+            handles += [p.register_post_accumulate_grad_hook(found.gradient) for p in _training(learner).values()]
             try:
                 with packed_attention(self.model, self.session.packed_from):
                     train_step(learner, [batch], self.recipe.train, rate=1e-6, step=1)
@@ -101,10 +106,16 @@ class Skeleton:
         return max(table.shape[0] * row - len({token * row // _STRETCH for token in seen}) * _STRETCH, 0)
 
     def _learner(self) -> Learner:
-        settings = self.recipe.train.model_copy(update={"compile": False, "activation_budget": None, "coto": 0.0})
+        changed: dict[str, Any] = {"compile": False, "activation_budget": None, "coto": 0.0, "adapter_bits": None}
+        if self.turn is not None:
+            changed["optimizer"] = STAND_IN
+        settings = self.recipe.train.model_copy(update=changed)
         self.model.train()
         learner = make_learner(replace(self.session, recipe=self.recipe.model_copy(update={"train": settings})))
         learner.evolution = None  # it goes by numbers, and there are none
+        if self.turn is not None:
+            for name, parameter in learner.parameters.items():
+                parameter.requires_grad_(layer_of(name) in self.turn)
         return learner
 
     def _give(self, trace: Trace, learner: Learner, *, held: bool) -> None:
@@ -113,7 +124,7 @@ class Skeleton:
         for name, tensor in _tensors(self.model):
             own = ".adapters." in f".{name}" or id(tensor) in trained
             trace.give(tensor, "adapters" if own else "weights", layer_of(name) if own else None)
-        for name, parameter in learner.parameters.items():
+        for name, parameter in _training(learner).items():
             if held:
                 parameter.grad = torch.zeros_like(parameter)
                 trace.give(parameter.grad, "gradients", layer_of(name))
@@ -122,9 +133,10 @@ class Skeleton:
                     trace.give(value, "optimizer", layer_of(name))
 
 
-def skeleton(recipe: Recipe, tokenizer: Any, splits: Splits) -> Skeleton:
+def skeleton(recipe: Recipe, tokenizer: Any, splits: Splits, *, middling: bool = False) -> Skeleton:
     """The model that a recipe names, from its configuration alone, with the adapter that it asks for.
 
+    middling: where layers take turns, a turn that takes middling time instead of the one that takes the most memory.
     Raises TargetError for whatever the method or the targets cannot be.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -136,22 +148,43 @@ def skeleton(recipe: Recipe, tokenizer: Any, splits: Splits) -> Skeleton:
         task = TASKS[recipe.task]
         model = task.prepare(model, splits)
         _no_cache(model)
-        plan = resolve(
-            model, resolve_method(recipe.method, methods()), recipe.targets, name=_NAME, layers=recipe.layers,
-            save_modules=tuple(dict.fromkeys([*task.save_modules, *recipe.save_modules])), seed=recipe.train.seed,
-            dtype=None if recipe.train.adapter_dtype is None else getattr(torch, recipe.train.adapter_dtype),
-        )  # fmt: skip
+        with _disable_current_modes() if recipe.start is not None else nullcontext():  # a folder holds real numbers
+            plan = resolve_plan(model, recipe, name=_NAME, any_base=True)
         layers = _layers(model)
-        depth = shorten(_signatures(model, plan, len(layers)))
-        sites = tuple(s for s in plan.sites if _is_run(s.site.layer, layers, depth))
-        attach_plan(model, replace(plan, sites=sites), statistics={})
-        use(model, _NAME)
         session = Session(recipe, _NAME, Path(), model, tokenizer, splits, None, task, plan)
+        with _disable_current_modes():  # what is drawn at random are real numbers
+            turn = turns(recipe.train, plan, num_steps=session.num_steps, middling=middling)
+        depth = shorten(_signatures(model, plan, len(layers), turn))
+        sites = tuple(s for s in plan.sites if _is_run(s.site.layer, layers, depth))
+        attach_plan(model, replace(plan, sites=sites), tensors=_fresh(model, sites, known=recipe.start is not None))
+        use(model, _NAME)
         with _short(layers, Depth(depth.kept[:1], {})):  # layers are alike in what they do with packed rows
             session.packed_from, session.rows = choose_packing(
                 model, splits.train.examples, recipe.train, task=recipe.task
             )
-    return Skeleton(recipe, model, plan, depth, layers, fake, session, stored)
+    return Skeleton(recipe, model, plan, depth, layers, fake, session, stored, turn)
+
+
+@torch.no_grad()
+def _fresh(
+    model: nn.Module, sites: tuple[PlannedSite, ...], *, known: bool
+) -> dict[str, Mapping[str, Tensor | Frozen]]:
+    """What every site holds at the start; where that goes by data, by what quantising lost, or by a folder (known),
+    tensors of its shapes."""
+    modules, found = dict(walk(model)), dict[str, Mapping[str, Tensor | Frozen]]()
+    for planned in sites:
+        site, method = planned.site, planned.method
+        if known or method.needs():
+            found[site.address] = {k: _like(v, site.device) for k, v in structure(method, site).items()}
+        else:
+            found[site.address] = fresh(planned, modules[planned.path])
+    return found
+
+
+def _like(value: Tensor | Frozen, device: torch.device | str) -> Tensor | Frozen:
+    if isinstance(value, Frozen):
+        return Frozen(torch.empty_like(value.tensor, device=device))
+    return torch.empty_like(value, device=device)
 
 
 def _model(recipe: Recipe) -> tuple[Any, torch.dtype | None]:
@@ -191,17 +224,21 @@ def _layers(model: nn.Module) -> dict[int, nn.Module]:
     return {} if longest is None else dict(enumerate(longest))
 
 
-def _signatures(model: Any, plan: Plan, count: int) -> list[Any]:
-    """What makes layers different: what is adapted in them, whether gradients go through them, their attention."""
+def _signatures(model: Any, plan: Plan, count: int, turn: Turn | None) -> list[Any]:
+    """What makes layers different: what is adapted in them, whether it trains, whether gradients go through them, and
+    their attention."""
     sites: dict[int | None, list[Any]] = {}
     for planned in plan.sites:
         site = planned.site
         local = re.sub(r"\.\d+(?=\.|$)", ".N", site.address, count=1)
         sites.setdefault(site.layer, []).append((local, planned.method, site.shape))
-    lowest = min((n for n in sites if n is not None), default=0) if None not in sites else 0
+    trained = sites.keys() if turn is None else turn
+    lowest = min((n for n in trained if n is not None), default=0) if None not in trained else 0
     config: Any = getattr(model, "config", None)
     types = getattr(config.get_text_config() if config is not None else None, "layer_types", None) or [None] * count
-    return [(tuple(sites.get(i, ())), i >= lowest, types[i] if i < len(types) else None) for i in range(count)]
+    return [
+        (tuple(sites.get(i, ())), i in trained, i >= lowest, types[i] if i < len(types) else None) for i in range(count)
+    ]
 
 
 def _is_run(number: int | None, layers: dict[int, nn.Module], depth: Depth) -> bool:
@@ -227,10 +264,15 @@ def _hand_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _make_states(learner: Learner) -> None:
     """What the optimiser keeps from its first step on."""
-    for parameter in learner.parameters.values():
+    for parameter in _training(learner).values():
         parameter.grad = torch.zeros_like(parameter)
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
+
+
+def _training(learner: Learner) -> dict[str, nn.Parameter]:
+    """The parameters whose turn it is."""
+    return {name: p for name, p in learner.parameters.items() if p.requires_grad}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from weft import objectives
+from weft.compress import Code
 from weft.core.adapter import Adapter
 from weft.core.held import made_once
 from weft.core.penalty import weighted
@@ -128,6 +129,8 @@ class Learner:
     """What else happens after a step, given its number, before it is validated or kept."""
     notes: Sequence[str] = ()
     """What a user should know about how this learns."""
+    codes: Callable[[], Mapping[str, Code]] | None = None
+    """What the trained tensors are written as, by name, where they are learnt in few bits."""
     compiled: Compilations | None = None
     """Counts compilations, where the model is compiled."""
 

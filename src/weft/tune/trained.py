@@ -57,11 +57,7 @@ def trained_tensors(model: nn.Module, name: str) -> Tensors:
 
 def planned_tensors(plan: Plan) -> Tensors:
     """What a plan will train, on the meta device: nothing is attached or allocated."""
-    by_method: dict[str, list[Site]] = {}
-    for s in plan.sites:
-        by_method.setdefault(s.method.name, []).append(dataclasses.replace(s.site, device="meta"))
-    methods = {s.method.name: s.method for s in plan.sites}
-    shared = [(name, _as_held(methods[name].shared(sites))) for name, sites in by_method.items()]
+    shared = [(name, _as_held(made)) for name, made in plan.shared("meta").items()]
     return _collect(((s.method, s.site, _as_held(structure(s.method, s.site))) for s in plan.sites), shared)
 
 
@@ -75,15 +71,15 @@ def _collect(
         for key, value in held.items():
             if isinstance(value, nn.Parameter):
                 trained.append(Trained(f"{site.address}.{key}", value, site.layer, f"{word}.{key}"))
-        copies += [f"{site.address}.{key}" for key in type(method).copies if isinstance(held.get(key), nn.Parameter)]
-        for low, high in type(method).pairs:
+        copies += [f"{site.address}.{key}" for key in method.copies if isinstance(held.get(key), nn.Parameter)]
+        for low, high in method.pairs:
             if low not in held:  # an update that only some options have
                 continue
             down, up = held[low], held[high]
             assert isinstance(down, Tensor), "a method's pairs are tensors of its own"
             assert isinstance(up, Tensor), "a method's pairs are tensors of its own"
             if isinstance(down, nn.Parameter) or isinstance(up, nn.Parameter):
-                pairs.append(Pair(down, up, site.groups, site.experts is not None, method.stacks()))
+                pairs.append(Pair(down, up, site.groups, site.experts is not None))
     for name, tensors in shared:
         for key, value in tensors.items():
             if isinstance(value, nn.Parameter):
