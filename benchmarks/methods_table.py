@@ -33,6 +33,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "hyper_adapters": {"source": 0, "target": 0},
     "hyperformer": {"task": 0},
     "multitask_prompt": {"task": 0},
+    "poly": {"task": 0},
     "prototype_adapters": {"task": 0},
     "trainable_tokens": {"token_ids": [*range(256)]},
     "vblora": {"vector_length": 64},
@@ -56,6 +57,7 @@ def recipe() -> Recipe:
                 "limit": 1500,
             },
             "train": {"batch_size": 8, "learning_rate": 2e-3, "warmup": 0.05, "threads": 1},
+            "tied": "separate",  # the head of pico is its input embedding
             "forgetting": {"limit": 8},
         }
     )

@@ -20,6 +20,7 @@ NAMES = (
     "attach_time",
     "many_adapters",
     "one_token",
+    "mixed_batch",
     "train_step",
     "train_memory",
     "ladder",
@@ -29,6 +30,8 @@ NAMES = (
     "many_training",
     "forecast",
     "merging",
+    "compression",
+    "combining",
 )
 PACKAGES = ("torch", "transformers", "peft")
 

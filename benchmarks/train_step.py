@@ -74,7 +74,7 @@ SIDES: dict[str, Side] = {
     "ETHER": Side(_ours("ether")),
     "SVFT": Side(_ours("svft")),
     "tensor train": Side(_ours("tensor_train")),
-    "mixture": Side(_ours("mixture")),
+    "top-2 of 4 LoRA": Side(_ours("top_k", experts=weft.experts(weft.LoRA(rank=4), 4))),
     "bottleneck": Side(_ours("bottleneck"), targets="mlp-blocks"),
     "bias tuning": Side(_ours("bias_tuning")),
     "full": Side(_ours("full"), target=1.44, targets=LINEARS),
