@@ -92,10 +92,10 @@ def schedule_table() -> str:
 
 
 ABSENT = {
-    "FROD": "none: its basis is made of the weights of all layers together, which no method sees yet",
-    "POLY": "none yet: a routed inventory of adapters; fixed weights are a [blend](routes.md)",
-    "SHADOW": "none: it needs a second decoder between the blocks; nearest is `ladder_side`",
-    "XLORA": "none yet: a learned route over loaded adapters; nearest is `mixture`",
+    "SHADOW": "none: before every layer it adds what a state says that the layer before has just changed, and a "
+    "second decoder with positions and a cache of its own makes the first state; a body sees one layer. Nearest is "
+    "`ladder_side`, which reads the layers and leaves them as they are",
+    "XLORA": "`xlora` computes the same; PEFT's folders of it are not read or written",
 }
 """HF PEFT's types that have no counterpart here, with the reason."""
 
@@ -118,6 +118,20 @@ def rule_table() -> str:
         needs = "needed" if cls.needs_base else "-"
         needs = f"{needs}; {cls.needs}" if cls.needs else needs
         lines.append(_row((f"`{name}`", f"`{equation}`", needs, options, _paper(cls.paper))))
+    return "\n".join(lines) + "\n"
+
+
+def router_table() -> str:
+    """Every router on one line."""
+    lines = ["| router | what it computes | adapts | options | paper |", "| --- | --- | --- | --- | --- |"]
+    for name, cls in methods().items():
+        if not cls.__module__.startswith("weft.routers."):
+            continue
+        equation = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+        own = [f for f in dataclasses.fields(cls) if f.name not in ("experts", "train_experts")]
+        options = "; ".join(f"`{f.name}` {_value(f.default)}: {f.metadata['help']}" for f in own) or "-"
+        kinds = ", ".join(sorted(cls.kinds))
+        lines.append(_row((f"`{name}`", f"`{equation}`", kinds, options, _paper(cls.paper))))
     return "\n".join(lines) + "\n"
 
 
@@ -157,6 +171,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipe": docs_table,
     "ladder": ladder_table,
     "rules": rule_table,
+    "routers": router_table,
     "counterparts": counterpart_table,
     "results": results_table,
 }

@@ -17,13 +17,16 @@ FOLDERS = ("src/weft", "tests", "scripts", "benchmarks", "examples")
 
 # Imports point down this list, never up. "weft" is the package's own front: the command line may use the public names.
 ROOMS = (
-    *("__main__", "cli", "weft", "serve", "store", "compare", "combined", "compressed", "extracting"),
+    *("__main__", "cli", "weft", "serve", "store", "compare"),
+    *("merged", "joined", "combined", "searching", "coefficients", "compressed", "extracting"),
     *("tune", "report", "plan", "merging"),
     *("gate", "parity", "capabilities", "checks", "objectives", "data", "cost", "generation", "diagnosis", "reopen"),
-    *("checkpoints", "base", "classifier", "optim", "conflict", "compressing", "combining", "differences"),
-    *("combine", "compress"),
-    *("reshape", "adaptive", "routers", "interop", "adapter", "attach", "conditions", "fresh", "calibrate"),
-    *("targets", "patterns", "quantise", "kinds", "recipe", "registry", "methods", "core", "segments", "files"),
+    *("checkpoints", "base", "classifier", "optim", "conflict", "library"),
+    *("compressing", "aligning", "tangent", "combining", "differences"),
+    "combine",
+    *("reshape", "adaptive", "joining", "changing", "interop", "adapter", "attach", "conditions", "fresh", "calibrate"),
+    *("compress", "targets", "patterns", "quantise", "kinds", "recipe", "registry", "methods", "routers", "core"),
+    *("segments", "files", "borrowed"),
     "errors",
 )
 ANYWHERE = {"weft.__version__"}  # a constant, bound before anything is imported

@@ -127,7 +127,7 @@ def test_a_name_that_the_base_uses_itself_is_refused(taken: str) -> None:
 def test_a_map_that_no_weight_expresses_is_refused_where_the_weight_is_read() -> None:
     model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2)})
     with pytest.raises(TargetError, match=r"a\.out_proj.*no weight can express it"):
-        weft.attach(model, weft.methods()["mixture"](rank=2), "out_proj")
+        weft.attach(model, weft.TopK(experts=weft.experts(weft.LoRA(rank=2), 2)), "out_proj")
 
 
 def test_norm_tuning_finds_the_norms_by_itself() -> None:

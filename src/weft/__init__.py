@@ -13,11 +13,14 @@ _PUBLIC = {
     "merge": "weft.attach", "unmerge": "weft.attach", "parameters": "weft.attach", "adapters": "weft.attach",
     "given": "weft.conditions", "resolve": "weft.targets", "candidates": "weft.targets",
     "combination": "weft.recipe.combinations",
-    "Method": "weft.core", "option": "weft.core", "Stack": "weft.core", "methods": "weft.registry",
-    "check_method": "weft.checks", "load_base": "weft.base",
+    "Method": "weft.core", "option": "weft.core", "Stack": "weft.core", "Layers": "weft.core", "Split": "weft.core",
+    "methods": "weft.registry", "check_method": "weft.checks", "load_base": "weft.base",
     "save": "weft.interop.folder", "load": "weft.interop.folder",
     "parity": "weft.parity", "cost": "weft.cost", "tune": "weft.tune", "plan": "weft.tune", "tune_many": "weft.tune",
     "compare": "weft.compare", "combine": "weft.combining",
+    "cluster": "weft.library", "similarity": "weft.library", "Library": "weft.library",
+    "mean_hidden_state": "weft.library",
+    "join": "weft.joining", "experts": "weft.core.router", "recording": "weft.core.choices",
 }  # fmt: skip
 
 __all__ = ["__version__"] + list(_PUBLIC)  # and every method's class, found by name when it is asked for

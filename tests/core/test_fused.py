@@ -36,7 +36,7 @@ METHODS: dict[str, Any] = {
     "fourierft": method_class("fourierft")(num_frequencies=20),
     "lokr": method_class("lokr")(rank=2),
     "boft": method_class("boft")(block_size=4, factors=2),
-    "mixture": method_class("mixture")(rank=2),
+    "top_k": method_class("top_k")(experts=weft.experts(weft.LoRA(rank=2), 3), balance=0),
     "bottleneck": method_class("bottleneck")(width=4),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ def entries_of_methods(recipe: Recipe, chosen: str | Sequence[str | Mapping[str,
         else:
             method_from_spec(each)  # it says what is wrong with an option
             method = dict(each)
-            name = " ".join([method["name"], *(f"{key}={value}" for key, value in each.items() if key != "name")])
+            options = [f"{key}={_short(value)}" for key, value in each.items() if key != "name"]
+            name = " ".join([method["name"], *options])
         entries.append(Entry(name, recipe.model_copy(update={"method": method})))
     return _told_apart(entries)
 
@@ -120,3 +122,9 @@ def _value(recipe: Recipe, key: str) -> Any:
     for part in key.split("."):
         found = getattr(found, part)
     return found.model_dump(mode="json") if hasattr(found, "model_dump") else found
+
+
+def _short(value: Any) -> str:
+    """A value as it stands in a name: a long one cut, which names a file too."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:16]}...{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
