@@ -38,6 +38,14 @@ METHODS: dict[str, Any] = {
     "boft": method_class("boft")(block_size=4, factors=2),
     "top_k": method_class("top_k")(experts=weft.experts(weft.LoRA(rank=2), 3), balance=0),
     "bottleneck": method_class("bottleneck")(width=4),
+    "gralora": method_class("gralora")(rank=4, num_blocks=2),
+    "miss": method_class("miss")(rank=4),
+    "oft": method_class("oft")(block_size=4),
+    "lily": method_class("lily")(rank=3),
+    "waveft": method_class("waveft")(num_frequencies=20),
+    "freeze_a": weft.LoRA(rank=3, freeze_a=True),
+    "c3a": method_class("c3a")(block_size=8),
+    "pvera": method_class("pvera")(rank=8),
 }
 
 
@@ -54,14 +62,16 @@ def attached(name: str, *, dtype: torch.dtype = torch.float32) -> Two:
 def gradients(model: Two, x: torch.Tensor) -> list[torch.Tensor]:
     """The output, and the gradients of x and of everything that trains."""
     x = x.clone().requires_grad_()
+    torch.manual_seed(1)
     y = model(x)
     trained = list(weft.parameters(model, "a"))
     return [y.detach(), *torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape)).sum(), [x, *trained])]
 
 
+@pytest.mark.parametrize("tokens", [5, 20])  # with fewer rows than channels and with more: then updates are added to W
 @pytest.mark.parametrize("name", METHODS)
-def test_equal_to_the_verbs_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_equal_to_the_verbs_one_by_one(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, tokens, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model = attached(name, dtype=torch.float64)
     ours = gradients(model, x)
     calls: list[int] = []
@@ -72,10 +82,11 @@ def test_equal_to_the_verbs_one_by_one(name: str, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"dora"}))  # DoRA's lengths are constants for autograd
-def test_gradients_are_those_of_the_values(name: str) -> None:
+@pytest.mark.parametrize("tokens", [3, 30])
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"dora", "pvera"}))  # constant lengths; draws
+def test_gradients_are_those_of_the_values(name: str, tokens: int) -> None:
     model = attached(name, dtype=torch.float64)
-    x = torch.randn(1, 3, 24, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, tokens, 24, dtype=torch.float64, requires_grad=True)
     trained = list(weft.parameters(model, "a"))
 
     def value(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:

@@ -12,14 +12,13 @@ from weft.core.method import (
 )
 from weft.core.op import Op
 from weft.core.parts import Layers, Split
-from weft.core.route import Blend, Rows, Stack
+from weft.core.route import Rows, Stack, Weighted
 from weft.core.site import Site
 
 __all__ = [
     "LINEAR",
     "Adapter",
     "Affine",
-    "Blend",
     "Frozen",
     "Layers",
     "Method",
@@ -34,5 +33,6 @@ __all__ = [
     "StartOp",
     "Tensors",
     "WeightOp",
+    "Weighted",
     "option",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter, getitem, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,10 @@ from weft.core.view import OpView, Unbiased
 
 if TYPE_CHECKING:
     from weft.core.held import Held
+
+
+changes = [0]
+"""How often an adapter was made, or dropped what it kept: while it stands still, what was looked up stays right."""
 
 
 class Adapter(nn.Module):
@@ -43,6 +48,7 @@ class Adapter(nn.Module):
         # `age` counts how often kept coefficients were dropped.
         self.__dict__.update(method=method, site=site, shared=shared, plain=plain, held=None, _kept=None, age=0)
         hold(self, tensors)
+        changes[0] += 1
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor the method sees at this site, by name."""
@@ -84,6 +90,7 @@ class Adapter(nn.Module):
         own = self.__dict__
         own["_kept"] = None
         own["age"] += 1
+        changes[0] += 1
 
     def run(self, x: Any, op: Op, *, keep: bool = False) -> Any:
         """The adapted map on x, in whatever reading `op` is."""
@@ -134,14 +141,21 @@ class Watched:
         held = [(h, name, t) for a in adapters for h in a.holders() for name, t in h.items() if t is not None]
         held += [(base, name, t) for name, t in base.items() if t is not None and is_plain(t.data)]
         self.countable = not any(t.is_inference() for _, _, t in held)
-        self._seen = [(h, name, t, t._version, t.data_ptr()) for h, name, t in held] if self.countable else []
+        self._places = [h for h, _, _ in held], [name for _, name, _ in held]
+        self._tensors = [t for _, _, t in held] if self.countable else []
+        self._versions, self._pointers = [*map(_version, self._tensors)], [*map(Tensor.data_ptr, self._tensors)]
 
     def unchanged(self) -> bool:
-        """Whether all of them are what they were."""
-        for holder, name, tensor, version, pointer in self._seen:
-            if holder[name] is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
-                return False
-        return True
+        """Whether all of them are what they were. Loops of Python's own code: this runs for every site and call."""
+        tensors = self._tensors
+        return (
+            all(map(is_, map(getitem, *self._places), tensors))
+            and [*map(_version, tensors)] == self._versions
+            and [*map(Tensor.data_ptr, tensors)] == self._pointers
+        )
+
+
+_version = attrgetter("_version")
 
 
 def run(method: Method, c: Mapping[str, Tensor], x: Any, op: Op) -> Any:

@@ -19,7 +19,8 @@ _MOST = 64
 def contrast(op: Experts, x: Tensor, gates: Tensor, temperature: float) -> Tensor:
     """How much outputs of one expert resemble those of others: the mean over outputs a of chosen experts, and over
     other outputs p of the same expert, of -log(exp(a.p / t) / sum_b exp(a.b / t)), b all others. Outputs are what an
-    expert adds to a token, of length 1; tokens are taken evenly from the batch.
+    expert adds to a token, of length 1; tokens are taken evenly from the batch, and none from earlier batches (the
+    paper keeps a queue of them).
     """
     rows, chosen = x.flatten(0, -2), gates.detach().ne(0).expand(*x.shape[:-1], -1).flatten(0, -2)  # [N, K]
     some = torch.arange(0, len(rows), max(-(-len(rows) // _MOST), 1), device=x.device)

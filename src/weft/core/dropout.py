@@ -19,20 +19,23 @@ class Dropout:
     def __init__(self, p: float):
         self.p, self.seed = p, int(torch.randint(2**62, ()))  # the global generator: resuming and recomputing replay it
 
-    def of(self, rows: Tensor) -> Tensor:
-        """A copy of `rows` without the dropped entries, not yet divided by 1 - p."""
-        return self.clear(rows.clone(memory_format=torch.contiguous_format))
+    def of(self, rows: Tensor, hits: Tensor | None = None) -> Tensor:
+        """A copy of `rows` without the dropped entries, not yet divided by 1 - p. hits: which, where they are known."""
+        copy = rows.clone(memory_format=torch.contiguous_format)
+        if self.p >= 1.0:
+            return copy.zero_()
+        copy.view(-1).index_fill_(0, self.hits(rows) if hits is None else hits, 0.0)
+        return copy
 
-    def clear(self, rows: Tensor) -> Tensor:
-        """Zero the dropped entries of a contiguous tensor in place."""
-        if self.p >= 1.0 or rows.is_meta:
-            return rows.zero_() if self.p >= 1.0 else rows
+    def hits(self, rows: Tensor) -> Tensor:
+        """Which entries of `rows`, counted row after row, are dropped; some of them more than once."""
+        if self.p >= 1.0 or rows.is_meta:  # a scale of zero drops all
+            return torch.empty(0, dtype=torch.long, device=rows.device)
         cpu = torch.Generator().manual_seed(self.seed)
         mean = torch.tensor(-math.log1p(-self.p) * rows.numel(), dtype=torch.float64)
         count = int(torch.poisson(mean, generator=cpu))
         here = cpu if rows.device.type == "cpu" else torch.Generator(rows.device).manual_seed(self.seed)
-        rows.view(-1).index_fill_(0, torch.randint(rows.numel(), (count,), generator=here, device=rows.device), 0.0)
-        return rows
+        return torch.randint(rows.numel(), (count,), generator=here, device=rows.device)
 
     @property
     def scale(self) -> float:

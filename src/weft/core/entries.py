@@ -1,16 +1,21 @@
-"""Single entries of a weight that are trained: which ones, a matrix of them, and others in their place."""
+"""Single entries of a weight that are trained: which ones, a matrix of them, their gradients, others in their place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.core.evolve import Part
 
-__all__ = ["above_all", "exchange", "largest", "observe", "scattered"]
+__all__ = ["above_all", "added", "entries", "exchange", "gradient_at", "largest", "observe", "scattered"]
+
+_SPARSE = 1 / 8  # share of entries below which their gradients one by one are cheaper than those of all
 
 
 def largest(score: Tensor, count: int) -> Tensor:
@@ -19,9 +24,51 @@ def largest(score: Tensor, count: int) -> Tensor:
 
 
 def scattered(values: Tensor, places: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zeros but for `values` [K] at `places` [K], counted row after row."""
+    """Zeros but for `values` [..., K], added up at `places` [..., K], counted row after row: [..., *shape]."""
     size = torch.Size(shape)
-    return values.new_zeros(size.numel()).scatter(0, places.long(), values).view(size)
+    zeros = values.new_zeros(*values.shape[:-1], size.numel())
+    return zeros.scatter_add(-1, places.long(), values).view(*values.shape[:-1], *size)
+
+
+def entries(values: Tensor, places: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
+    """Coefficients for `added`: the entries themselves while gradients are wanted, else a matrix that is made once."""
+    if torch.is_grad_enabled():
+        return {"values": values, "places": places}
+    return {"S": scattered(values, places, shape)}
+
+
+def added(c: Mapping[str, Tensor], x: Any, op: Any) -> Any:
+    """(W + S) x + bias, from the coefficients that `entries` gives."""
+    return op.with_delta(x, c["S"]) if "S" in c else op.with_entries(x, c["values"], c["places"])
+
+
+def gradient_at(dy: Tensor, x: Tensor, places: Tensor) -> Tensor:
+    """dy^T x of dy [N, O] and x [N, I], at `places` only, counted row after row: [K]."""
+    rows, columns = dy.shape[1], x.shape[1]
+    here = type(dy) is Tensor and dy.device.type == "cpu" and dy.dtype in (torch.float32, torch.float64)
+    if not here or len(places) > _SPARSE * rows * columns:
+        return (dy.mT @ x).flatten().index_select(0, places)
+    order = None
+    if not bool((places[1:] >= places[:-1]).all()):
+        places, order = places.sort()
+    starts = torch.searchsorted(places, torch.arange(rows + 1) * columns)
+    _quiet()
+    pattern = torch.sparse_csr_tensor(
+        starts, places % columns, dy.new_zeros(len(places)), (rows, columns), check_invariants=False
+    )
+    # each entry is a product of two runs of N numbers
+    across, down = dy.mT.contiguous(), x.mT.contiguous().mT
+    found = torch.sparse.sampled_addmm(pattern, across, down, beta=0.0).values()
+    return found if order is None else torch.empty_like(found).index_copy_(0, order, found)
+
+
+@cache
+def _quiet() -> None:
+    """Torch says once that sparse tensors may still change: said here, where nobody is bothered."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        index = torch.zeros(1, dtype=torch.long)
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), index, torch.zeros(1), (1, 1), check_invariants=False)
 
 
 def above_all(scores: Sequence[Tensor], share: float) -> list[Tensor]:

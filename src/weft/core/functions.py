@@ -3,49 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.core.dropout import Dropout
+from weft.core.entries import gradient_at
+from weft.core.narrow import Narrow, gradient, read, spread_onto
 from weft.core.op import DataOp
 
-_SMALLEST_GAIN = 1e-20  # y / g gives z back; a gain of zero is taken as this, which no output can show
 
-
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """x as a matrix, its channels last."""
     return x.reshape(-1, x.shape[-1])  # [N, C]
 
 
-def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+def shaped(rows: Tensor, x: Tensor) -> Tensor:
     """rows [N, C] in the shape of x, and no view of them: what comes next may change it in place."""
     return torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
 
 
-def _project(x: Tensor, dropout: Dropout | None, a: Tensor) -> Tensor:
-    """a x as [R, N]: a narrow matmul is several times faster in this layout. a: a matrix, or numbers of channels."""
-    if not a.is_floating_point():
-        return x.index_select(1, a).mT
-    if dropout is None:
-        return a @ x.mT
-    return (a @ dropout.of(x).mT).mul_(dropout.scale)
+def times(rows: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """rows [N, O] weight [O, I], as a gradient goes back through a map.
+
+    Where a processor has no instructions for bfloat16, torch's product takes ten to twenty times as long when neither
+    side is transposed in memory.
+    """
+    if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and not _multiplies_bfloat16():
+        rows = rows.mT.contiguous().mT
+    return torch.mm(rows, weight, out=out)
 
 
-def _back_project(
-    x: Tensor | None, dropout: Dropout | None, a: Tensor, dh: Tensor, dx: Tensor | None
+@cache
+def _multiplies_bfloat16() -> bool:
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
+
+
+def project(x: Tensor, dropout: Dropout | None, a: Narrow) -> Tensor:
+    """a x as [R, N], for x [N, I]."""
+    return read(x, a) if dropout is None else read(dropout.of(x), a).mul_(dropout.scale)
+
+
+def back_project(
+    x: Tensor | None, dropout: Dropout | None, a: Narrow, dh: Tensor, dx: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `_project` from dh [R, N]: x's, added to `dx` where there is one, and a's. x None: a is frozen."""
-    if not a.is_floating_point():
-        return None if dx is None else dx.index_add_(1, a, dh.mT), None
+    """Gradients of `project` from dh [R, N]: x's, added to `dx` where there is one, and a's. x None: a is frozen."""
+    whole = dx if x is None else x
+    if whole is None:
+        return None, None
+    hits = None
     if dropout is not None:
-        dh = dh * dropout.scale
-    da = None if x is None else dh @ (x if dropout is None else dropout.of(x))
-    if dx is None:
-        return None, da
-    if dropout is None:
-        return dx.addmm_(dh.mT, a), da
-    return dx.add_(dropout.clear(dh.mT @ a)), da
+        dh, hits = dh * dropout.scale, dropout.hits(whole)
+    da = None
+    if x is not None:
+        da = gradient(dh, x if dropout is None else dropout.of(x, hits), a)  # type: ignore[arg-type]
+    if dx is None or hits is None:
+        return None if dx is None else spread_onto(dx, dh, a), da
+    before = dx.view(-1).index_select(0, hits)  # what was dropped takes no part
+    spread_onto(dx, dh, a).view(-1).index_copy_(0, hits, before)
+    return dx, da
 
 
 class Project(torch.autograd.Function):
@@ -58,14 +77,17 @@ class Project(torch.autograd.Function):
             ctx.save_for_backward(x, a)
         else:  # not among what a backward frees: graphs with a backward of their own may share this node
             ctx.frozen = a
-        return _shaped(_project(_rows(x), dropout, a).mT.contiguous(), x)  # [..., R]
+        return shaped(project(rows_of(x), dropout, a).mT.contiguous(), x)  # [..., R]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a = ctx.saved_tensors if ctx.frozen is None else (None, ctx.frozen)
-        dh = _rows(dy).mT
+        dh = rows_of(dy).mT
+        if ctx.needs_input_grad[0] and ctx.dropout is None and a.is_floating_point():
+            da = None if x is None else dh @ rows_of(x)
+            return (dh.mT @ a).view(ctx.shape), None, da
         dx = dh.new_zeros(dh.shape[1], a.shape[1]) if ctx.needs_input_grad[0] else None
-        dx, da = _back_project(None if x is None else _rows(x), ctx.dropout, a, dh, dx)
+        dx, da = back_project(None if x is None else rows_of(x), ctx.dropout, a, dh, dx)
         return None if dx is None else dx.view(ctx.shape), None, da
 
 
@@ -75,71 +97,15 @@ class Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, b: Tensor, onto: Tensor) -> Tensor:
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, b)
-        return _shaped(torch.addmm(_rows(onto), _rows(h), b.mT), h)
+        return shaped(torch.addmm(rows_of(onto), rows_of(h), b.mT), h)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, b = ctx.saved_tensors
-        rows = _rows(dy)
+        rows = rows_of(dy)
         dh = (b.mT @ rows.mT).mT.unflatten(0, dy.shape[:-1]) if ctx.needs_input_grad[0] else None
-        db = None if h is None else (_rows(h).mT @ rows).mT
+        db = None if h is None else (rows_of(h).mT @ rows).mT
         return dh, db, dy
-
-
-class Map(torch.autograd.Function):
-    """gain * (W x + bias + offset + b a x). Keeps no weight of its own: the backward asks the module for it again, so a
-    quantised one stays packed in between (Yin et al. 2023, arXiv 2309.16119).
-
-    a, b: matrices; or numbers of channels, a of those of x that are read and b of those of the result that get more.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        op: DataOp,
-        x: Tensor,
-        offset: Tensor | None,
-        dropout: Dropout | None,
-        a: Tensor | None,
-        b: Tensor | None,
-        gain: Tensor | None,
-    ) -> Tensor:
-        rows, h = _rows(op(x)), None
-        if offset is not None:
-            rows.add_(offset)
-        if a is not None and b is not None:
-            h = _project(_rows(x), dropout, a)  # [R, N]
-            if not b.is_floating_point():
-                rows.index_add_(1, b, h.mT.to(rows.dtype))
-            elif rows.dtype == h.dtype:
-                rows = rows.addmm_(h.mT, b.mT)
-            else:
-                rows.add_((h.mT @ b.mT).to(rows.dtype))
-        if gain is not None:
-            gain = torch.where(gain.abs() < _SMALLEST_GAIN, _SMALLEST_GAIN, gain)
-            rows.mul_(gain)
-        y = _shaped(rows, x)
-        wanted = ctx.needs_input_grad
-        ctx.op, ctx.dropout, ctx.shape = op, dropout, x.shape
-        ctx.save_for_backward(x if wanted[4] else None, a, b, h if wanted[5] else None, gain, y if wanted[6] else None)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, a, b, h, gain, y = _saved(ctx)
-        rows, dx, da, db, dgain = _rows(dy), None, None, None, None
-        if y is not None:
-            dgain = (rows * _rows(y)).sum(0) / gain
-        if gain is not None:
-            rows = rows * gain
-        if ctx.needs_input_grad[1]:
-            dx = rows @ ctx.op.weight().to(rows.dtype)
-        if a is not None:
-            db = None if h is None else (h @ rows).mT
-            if dx is not None or x is not None:
-                dh = b.mT @ rows.mT if b.is_floating_point() else rows.index_select(1, b).mT
-                dx, da = _back_project(None if x is None else _rows(x), ctx.dropout, a, dh, dx)
-        return None, None if dx is None else dx.view(ctx.shape), None, None, da, db, dgain
 
 
 class WithDelta(torch.autograd.Function):
@@ -156,14 +122,42 @@ class WithDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        rows, dx, ddelta = _rows(dy), None, None
+        rows, dx, ddelta = rows_of(dy), None, None
         if ctx.needs_input_grad[1]:
             with torch.no_grad():
                 weight = ctx.op.weight().to(rows.dtype) + ctx.again().to(rows.dtype)
-            dx = (rows @ weight).view(x.shape)
+            dx = times(rows, weight).view(x.shape)
         if ctx.needs_input_grad[2]:
-            ddelta = rows.mT @ _rows(x)
+            ddelta = rows.mT @ rows_of(x)
         return None, dx, ddelta, None
+
+
+class WithEntries(torch.autograd.Function):
+    """(W + S) x + bias for an S of few entries; keeps x and the entries."""
+
+    @staticmethod
+    def forward(ctx: Any, op: DataOp, x: Tensor, values: Tensor, places: Tensor) -> Tensor:
+        ctx.op = op
+        ctx.save_for_backward(x, values, places)
+        bias = op.bias()
+        weight = _with_entries(op, x.dtype, values, places)
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, places = ctx.saved_tensors
+        rows, dx, dvalues = rows_of(dy), None, None
+        if ctx.needs_input_grad[1]:
+            dx = times(rows, _with_entries(ctx.op, rows.dtype, values, places)).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            dvalues = gradient_at(rows, rows_of(x), places.long()).to(values.dtype)
+        return None, dx, dvalues, None
+
+
+def _with_entries(op: DataOp, dtype: torch.dtype, values: Tensor, places: Tensor) -> Tensor:
+    weight = op.weight().to(dtype).clone(memory_format=torch.contiguous_format)
+    weight.view(-1).index_add_(0, places.long(), values.to(dtype))
+    return weight
 
 
 class Kron(torch.autograd.Function):
@@ -172,7 +166,7 @@ class Kron(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, a, b)
-        return _shaped((a @ _between(x, a, b)).flatten(1), x)
+        return shaped((a @ _between(x, a, b)).flatten(1), x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,15 +183,3 @@ class Kron(torch.autograd.Function):
 
 def _between(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (x.reshape(-1, b.shape[1]) @ b.mT).view(-1, a.shape[1], b.shape[0])  # [N, I / Q, P]
-
-
-def _saved(ctx: Any) -> Any:
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "inplace" not in str(error):
-            raise
-        raise RuntimeError(
-            f"what comes after {ctx.op.site.address} changes its output in place, which the gradient of a gain there "
-            "reads: use inplace=False in that activation"
-        ) from error

@@ -7,7 +7,6 @@ small projection and, for a gain, the output, which what comes next mostly keeps
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft.core.deferred import Deferred, value
 from weft.core.dropout import Dropout
-from weft.core.functions import Expand, Kron, Map, Project, WithDelta
-from weft.core.op import DataOp
+from weft.core.functions import Expand, Kron, Project, WithDelta, WithEntries
+from weft.core.mapped import Map, by_weight, exact
+from weft.core.narrow import fold_of
+from weft.core.op import DataOp, merge_blocks
+from weft.core.steps import Crossed, Gained, MapOnto, MappedRotated, MapPlus, Permuted, Rotated
 from weft.core.view import OpView
+
+__all__ = ["Deferred", "TrainOp", "fuses", "value"]
 
 Coefficients = Mapping[str, Tensor]
 
@@ -36,48 +41,6 @@ def fuses(op: Any) -> bool:
     )
 
 
-class Deferred:
-    """A value that is not computed yet. Any use but a verb of the op that made it computes it, once."""
-
-    _known: Tensor | None = None
-
-    def tensor(self) -> Tensor:
-        """The value."""
-        if self._known is None:
-            self._known = self._compute()
-        return self._known
-
-    def _compute(self) -> Tensor:
-        raise NotImplementedError
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*map(value, args), **{k: value(v) for k, v in (kwargs or {}).items()})
-
-
-def _forced(function: Callable[..., Any], *, swapped: bool = False) -> Callable[..., Any]:
-    if swapped:
-        return lambda self, other: function(value(other), self.tensor())
-    return lambda self, *others: function(self.tensor(), *map(value, others))
-
-
-for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
-    setattr(Deferred, f"__{_name}__", _forced(getattr(operator, _name)))
-    setattr(Deferred, f"__r{_name}__", _forced(getattr(operator, _name), swapped=True))
-for _name in ("neg", "getitem"):
-    setattr(Deferred, f"__{_name}__", _forced(getattr(operator, _name)))
-
-
-def value(v: Any) -> Any:
-    """The tensor of a deferred value; anything else as it is."""
-    return v.tensor() if isinstance(v, Deferred) else v
-
-
 class Dropped(Deferred):
     """An input with dropout."""
 
@@ -91,23 +54,34 @@ class Dropped(Deferred):
 class Projected(Deferred):
     """a x, where x may be dropped out."""
 
+    order: Tensor | None = None
+
     def __init__(self, x: Tensor, dropout: Dropout | None, a: Tensor):
-        self.x, self.dropout, self.a = x, dropout, a
+        self.x, self.dropout, self.matrix = x, dropout, a
+        self.a = fold_of(a) if a.is_floating_point() else a
 
     @property
     def sharable(self) -> bool:
         """Whether neighbours may read the same: VeRA's a, frozen and used by all sites, at q, k and v."""
-        return self.dropout is None and not self.a.requires_grad and len(self.a) >= _WORTH_SHARING
+        frozen = self.a is self.matrix and not self.matrix.requires_grad
+        return frozen and self.dropout is None and len(self.matrix) >= _WORTH_SHARING
 
     def denser(self, b: Tensor) -> bool:
-        """Whether b a, as one matrix added to W, takes fewer multiplications in a step than a narrow map beside W."""
-        (rank, columns), (rows, _), size = self.a.shape, b.shape, self.x.numel() // self.a.shape[1]
-        trains = self.a.requires_grad
-        narrow = size * rank * ((2 + trains) * columns + 3 * rows)
-        return self.dropout is None and size * rows * columns + (3 + trains) * rank * rows * columns < narrow
+        """Whether b a, as one matrix with a gradient of its own, takes fewer multiplications than a and b apart."""
+        if self.dropout is not None or not exact(self.x) or self.a is not self.matrix:
+            return False
+        (rank, columns), (rows, _), size = self.matrix.shape, b.shape, self.x.numel() // self.matrix.shape[1]
+        each, both = size * (rows + columns), self.matrix.requires_grad
+        apart = min(rows * columns, size * rows) + min(rows * columns, size * columns if both else each)
+        whole = size * rows * columns + (3 + both) * rank * rows * columns
+        return whole < rank * (apart + (1 + both) * each)
 
     def _compute(self) -> Tensor:
-        return _shared_projection(self.x, self.a) if self.sharable else Project.apply(self.x, self.dropout, self.a)
+        return (
+            _shared_projection(self.x, self.matrix)
+            if self.sharable
+            else Project.apply(self.x, self.dropout, self.matrix)
+        )
 
 
 class Taken(Projected):
@@ -122,7 +96,32 @@ class Taken(Projected):
         return False
 
     def _compute(self) -> Tensor:
-        return self.x.index_select(-1, self.a)
+        return self.x.index_select(-1, self.matrix)
+
+
+class Blocks(Projected):
+    """blockdiag(q) x for a q that leaves fewer channels, perhaps in another order."""
+
+    sharable = False
+
+    def __init__(self, op: DataOp, x: Tensor, dropout: Dropout | None, q: Tensor, order: Tensor | None = None):
+        self.op, self.x, self.dropout, self.order = op, x, dropout, order
+        self.matrix = self.a = q
+
+    def _compute(self) -> Tensor:
+        x = self.x if self.dropout is None else self.dropout.scale * self.dropout.of(self.x)
+        h = self.op.rotate(x, self.matrix)
+        return h if self.order is None else Permuted.apply(h, self.order)
+
+
+class Widened(Deferred):
+    """blockdiag(q) h for a q that makes more channels."""
+
+    def __init__(self, h: Blocks, q: Tensor):
+        self.h, self.q = h, q
+
+    def _compute(self) -> Tensor:
+        return self.h.op.rotate(self.h.tensor(), self.q)
 
 
 class Mapped(Deferred):
@@ -170,7 +169,27 @@ class Mapped(Deferred):
             return self._last(before.tensor())
         p = self.projected
         a, dropout = (None, None) if p is None else (p.a, p.dropout)
-        return Map.apply(self.op, self.x, self.offset, dropout, a, self.b, self.gain)
+        known = _shared_read(self.x, p.matrix) if p is not None and p.sharable else None
+        order = None if p is None else p.order
+        return Map.apply(self.op, self.x, self.offset, dropout, a, order, self.b, self.gain, known)
+
+    @property
+    def gained(self) -> bool:
+        """Whether it is the frozen map times a gain, not computed yet."""
+        before = self.before
+        return before is not None and before.plain and self.gain is not None and self._known is before._known is None
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, Reordered) and self.gained and other.y.gained and self.before is other.y.before:
+            assert self.before is not None
+            if self.uses == other.y.uses == 0 and self.before.uses == 2:
+                return Crossed.apply(self.op, self.x, self.gain, other.y.gain, other.order)
+        if isinstance(other, Gained) and other._known is None and self.free and self.plain:
+            if other.z.dtype == self.x.dtype:
+                return MapPlus.apply(self.op, self.x, other.z, other.gain.to(other.z.dtype))
+        if isinstance(other, Widened) and other._known is None and _waits(other.h, self):
+            return self.and_then(update=(other.h, other.q))
+        return self.tensor() + value(other)
 
     def shared(self) -> bool:
         """Whether its value, or one that it is made of, is wanted by somebody else as well."""
@@ -187,10 +206,22 @@ class Mapped(Deferred):
             assert self.projected is not None
             assert self.b is not None
             h = self.projected.tensor()
+            if self.b.ndim == 3:
+                return y + self.op.rotate(h, self.b)
             if not self.b.is_floating_point():
                 return self.op.place(h, self.b, y.shape[-1], onto=y)
             return self.op.expand(h, self.b, onto=y)
         return self.op.shift(y, self.offset)  # type: ignore[arg-type]
+
+
+class Reordered(Deferred):
+    """The channels of a map times a gain in another order."""
+
+    def __init__(self, y: Mapped, order: Tensor):
+        self.y, self.order = y, order
+
+    def _compute(self) -> Tensor:
+        return Permuted.apply(self.y.tensor(), self.order)
 
 
 class TrainOp(OpView):
@@ -206,10 +237,12 @@ class TrainOp(OpView):
         self.coefficients, self.remake = coefficients, remake
 
     def __call__(self, x: Any) -> Any:
+        if isinstance(x, Rotated) and x._known is None and x.keeps_size:
+            return MappedRotated(self.inner, x.x, x.q)
         return Mapped(self.inner, _in_precision(value(x)))
 
     def project(self, x: Any, a: Tensor) -> Any:
-        x, dropout = (x.x, x.dropout) if isinstance(x, Dropped) and x._known is None else (value(x), None)
+        x, dropout = _undropped(x)
         x = _in_precision(x)
         return Projected(x, dropout, a.to(x.dtype))
 
@@ -217,18 +250,23 @@ class TrainOp(OpView):
         if _waits(h, onto):
             b = b.to(h.x.dtype)
             if h.denser(b):
-                return WithDelta.apply(self.inner, h.x, b @ h.a, lambda: b @ h.a)
-            if not h.sharable:
+                return WithDelta.apply(self.inner, h.x, b @ h.matrix, lambda: b @ h.matrix)
+            if not h.sharable or by_weight(self.inner, h.x, h.dropout, h.a, b)[1]:
                 return onto.and_then(update=(h, b))
+        if isinstance(onto, Mapped) and onto.free and onto.plain and value(h).dtype == onto.x.dtype:
+            return MapOnto.apply(self.inner, onto.x, value(h), b.to(onto.x.dtype))
         h, onto = value(h), value(onto)
         if onto is None or onto.dtype != h.dtype:
             return self.inner.expand(h, b, onto)
         return Expand.apply(h, b.to(h.dtype), onto)
 
     def scale(self, y: Any, g: Tensor) -> Any:
-        if isinstance(y, Mapped) and y.free and y.gain is None and y.x.dtype != torch.float16:
+        waits = isinstance(y, Mapped) and y._known is None and (y.free or y.plain)
+        if waits and y.gain is None and y.x.dtype != torch.float16:
             return y.and_then(gain=g.to(y.x.dtype))
-        return self.inner.scale(value(y), g)
+        if isinstance(y, MappedRotated) and y._known is y.gain is None and y.x.dtype != torch.float16:
+            return MappedRotated(y.op, y.x, y.q, g.to(y.x.dtype))
+        return Gained(self.inner, value(y), g)
 
     def shift(self, y: Any, b: Tensor) -> Any:
         if isinstance(y, Mapped) and y.free and y.plain and y.offset is None and not b.requires_grad:
@@ -242,15 +280,26 @@ class TrainOp(OpView):
             return WithDelta.apply(self.inner, x, delta, lambda: delta)
         return WithDelta.apply(self.inner, x, delta, lambda: self.remake()[name])
 
+    def with_entries(self, x: Any, values: Tensor, places: Tensor) -> Any:
+        return WithEntries.apply(self.inner, _in_precision(value(x)), values, places)
+
     def kron(self, x: Any, a: Tensor, b: Tensor) -> Any:
         x = _in_precision(value(x))
         return Kron.apply(x, a.to(x.dtype), b.to(x.dtype))
 
     def rotate(self, x: Any, q: Tensor) -> Any:
-        return self.inner.rotate(value(x), q)
+        if isinstance(x, Blocks) and x._known is None and q.shape[1] > q.shape[2]:
+            return Widened(x, q.to(x.x.dtype))
+        narrows = q.shape[1] < q.shape[2]
+        x, dropout = _undropped(x) if narrows else (value(x), None)
+        x = _in_precision(x)
+        q = q.to(x.dtype)
+        return Blocks(self.inner, x, dropout, q) if narrows else Rotated(self.inner, x, merge_blocks(q))
 
     def permute(self, x: Any, order: Tensor) -> Any:
-        return self.inner.permute(value(x), order)
+        if isinstance(x, Blocks) and x._known is x.order is None:
+            return Blocks(x.op, x.x, x.dropout, x.matrix, order)
+        return Reordered(x, order) if isinstance(x, Mapped) and x.gained else Permuted.apply(value(x), order)
 
     def take(self, x: Any, indices: Tensor) -> Any:
         return Taken(_in_precision(value(x)), indices)
@@ -266,6 +315,10 @@ class TrainOp(OpView):
     def drop(self, x: Any, p: float) -> Any:
         x = value(x)
         return Dropped(x, p) if p and self.inner.source.training() else x
+
+
+def _undropped(x: Any) -> tuple[Tensor, Dropout | None]:
+    return (x.x, x.dropout) if isinstance(x, Dropped) and x._known is None else (value(x), None)
 
 
 def _waits(h: Any, onto: Any) -> bool:
@@ -287,8 +340,17 @@ def _in_precision(x: Tensor) -> Tensor:
 
 def _shared_projection(x: Tensor, a: Tensor) -> Tensor:
     """a x, computed once for neighbours that read the same x with the same frozen a (VeRA's at q, k and v)."""
-    key = a.data_ptr(), a.shape, a.stride(), a._version
-    return _shared(_last_projection, x, key, lambda: Project.apply(x, None, a))
+    return _shared(_last_projection, x, _identity(a), lambda: Project.apply(x, None, a))
+
+
+def _shared_read(x: Tensor, a: Tensor) -> Tensor:
+    """The same for neighbours that see to the gradient of x themselves."""
+    with torch.no_grad():
+        return _shared(_last_read, x, _identity(a), lambda: torch.nn.functional.linear(x, a))
+
+
+def _identity(a: Tensor) -> Any:
+    return a.data_ptr(), a.shape, a.stride(), a._version
 
 
 def _shared(last: list[Any], x: Tensor, key: Any, make: Callable[[], Tensor]) -> Tensor:
@@ -305,4 +367,5 @@ def _shared(last: list[Any], x: Tensor, key: Any, make: Callable[[], Tensor]) ->
 
 
 _last_projection: list[Any] = []
+_last_read: list[Any] = []
 _last_cast: list[Any] = []

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.core.functions import times
 from weft.core.fused import Deferred, fuses, value
 from weft.core.op import DataOp, Op, _autocast, _cast
 from weft.core.positions import Positions
+from weft.core.stacked import Gained
 from weft.core.view import OpView
 
 GATHERED_ROWS = 64
@@ -22,6 +24,7 @@ class Gather(OpView):
 
     ids [N]: which coefficients each block uses; None: there are K blocks, and block k uses number k, so that nothing is
         copied. Verbs are the plain op's, mapped over blocks; on activations [B, T, C] they are batched matmuls.
+        A matrix [1, ...] is that of all blocks.
     frozen: what computes the map itself, where that is not `inner`.
     """
 
@@ -37,11 +40,18 @@ class Gather(OpView):
         return y
 
     def project(self, x: Tensor, a: Tensor) -> Tensor:
+        if self._common(a):
+            return self.inner.project(x, a[0])
         return self._matmul(x, a) if self.flat else self._map("project", x, a)
 
-    def expand(self, h: Tensor, b: Tensor, onto: Tensor | None = None) -> Tensor:
+    def expand(self, h: Tensor, b: Tensor | Gained, onto: Tensor | None = None) -> Tensor:
+        if isinstance(b, Gained):
+            y = self.expand(self.scale(h, b.right), b.matrix)
+            return self.scale(y, b.left) if onto is None else self._scaled_onto(y, b.left, onto)
+        if self._common(b):
+            return self.inner.expand(h, b[0], onto)
         if self.flat and onto is not None and self._copied(b) and onto.dtype == h.dtype:
-            y = torch.baddbmm(self._blocks(onto), self._blocks(h), self._picked(_cast(b, h)).mT)
+            y = torch.baddbmm(self._blocks(onto), self._blocks(h), self._picked(_cast(b, h).mT))
             return y.view(onto.shape)
         y = self._matmul(h, b) if self.flat else self._map("expand", h, b)
         return y if onto is None else onto + y
@@ -91,10 +101,22 @@ class Gather(OpView):
         y = torch.vmap(getattr(self.inner, verb))(x.unflatten(0, (self.num_blocks, -1)), *map(self._picked, c))
         return y.flatten(0, 1)
 
+    def _scaled_onto(self, y: Tensor, g: Tensor, onto: Tensor) -> Tensor:
+        if not self.flat or onto.dtype != y.dtype:
+            return onto + self.scale(y, g)
+        gains = self._picked(_cast(g, y)).unsqueeze(1)
+        return torch.addcmul(self._blocks(onto), self._blocks(y), gains).view(onto.shape)
+
+    def _common(self, c: Tensor) -> bool:
+        """Whether a matrix is the same for all adapters: then it meets all rows in one product."""
+        return c.shape[0] == 1 < self.num_blocks
+
     def _blocks(self, x: Tensor) -> Tensor:
         return x.reshape(self.num_blocks, -1, x.shape[-1])  # [N, rows and tokens of a block, C]
 
     def _picked(self, c: Tensor) -> Tensor:
+        if self._common(c):
+            return c.expand(self.num_blocks, *c.shape[1:])
         return c if self.ids is None else c.index_select(0, self.ids)  # [N, ...]; its backward only adds
 
     def _copied(self, a: Tensor) -> bool:
@@ -208,7 +230,7 @@ class _BlockMap(torch.autograd.Function):
         if x is not None:
             da = dh @ x.reshape(len(a), -1, x.shape[-1])
         if ctx.needs_input_grad[1]:
-            dx = dy.reshape(-1, dy.shape[-1]) @ ctx.op.weight().to(dy.dtype)
+            dx = times(dy.reshape(-1, dy.shape[-1]), ctx.op.weight().to(dy.dtype))
             dx.view(len(a), -1, dx.shape[-1]).baddbmm_(dh.mT, a)
             dx = dx.view(*dy.shape[:-1], -1)
         return None, dx, da, db

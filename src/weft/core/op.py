@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.core.entries import scattered
 from weft.core.given import spread
 from weft.core.penalty import penalised
 from weft.core.positions import Positions
@@ -64,6 +65,10 @@ class Op(ABC):
         """(W + delta) x + bias, delta [O, I, *kernel]: for updates that have no cheaper form than a dense matrix."""
         return self(x) + self.project(x, delta)
 
+    def with_entries(self, x: Any, values: Tensor, places: Tensor) -> Any:
+        """(W + S) x + bias, S zero but for `values` [K] at `places` [K], counted row after row."""
+        return self.with_delta(x, scattered(values, places, self.site.shape))
+
     def kron(self, x: Any, a: Tensor, b: Tensor) -> Any:
         """(a (x) b) x, the Kronecker product of a [O / P, I / Q] and b [P, Q]: it is never built."""
         (rows, columns), height = a.shape, b.shape[0]
@@ -109,6 +114,10 @@ class Op(ABC):
     def given(self, x: Any, name: str, count: int) -> Tensor:
         """What is given under a name for the rows of x (its task, say), 0 to count - 1; one dimension less than x."""
         raise TypeError(f"{self.site.address} is of kind {self.site.kind}: nothing is given for its rows")
+
+    def with_gains(self, b: Tensor, left: Tensor, right: Tensor) -> Any:
+        """diag(left) b diag(right), b [O, R], among coefficients: one matrix, or three where many adapters share b."""
+        return left.unsqueeze(-1) * b * right
 
     @abstractmethod
     def permute(self, x: Any, order: Tensor) -> Any:

@@ -11,11 +11,8 @@ __all__ = ["butterfly_order", "cayley", "cayley_series", "join_blocks", "orthono
 def skew(v: Tensor, block: int) -> Tensor:
     """Skew matrices [N, block, block] from their upper triangles, row by row: v [N, block (block - 1) / 2]."""
     i, j = torch.triu_indices(block, block, 1, device=v.device)
-    place = torch.zeros(block, block, dtype=torch.long, device=v.device)
-    sign = torch.zeros(block, block, dtype=v.dtype, device=v.device)
-    place[i, j] = place[j, i] = torch.arange(len(i), device=v.device)
-    sign[i, j], sign[j, i] = 1.0, -1.0
-    return v[:, place.flatten()].unflatten(1, (block, block)) * sign
+    upper = v.new_zeros(len(v), block * block).index_copy(1, i * block + j, v).unflatten(1, (block, block))
+    return upper - upper.mT
 
 
 def cayley(q: Tensor) -> Tensor:
@@ -26,12 +23,11 @@ def cayley(q: Tensor) -> Tensor:
 
 def cayley_series(q: Tensor, terms: int) -> Tensor:
     """The start of the series of (I + Q)(I - Q)^-1: I + 2 Q + 2 Q^2 + ... + Q^(terms - 1); terms >= 4."""
-    result = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) + 2 * q
-    power = q
-    for n in range(2, terms):
-        power = power @ q
-        result = result + (power if n == terms - 1 else 2 * power)
-    return result
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device).expand_as(q)
+    rest = torch.baddbmm(2 * (q + eye), q, q)  # from the inside: the fewest products are kept for the backward
+    for _ in range(4, terms):
+        rest = torch.baddbmm(eye, q, rest, beta=2)
+    return torch.baddbmm(eye, q, rest)
 
 
 def join_blocks(q: Tensor, together: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.core.adapter import Adapted, Adapter, Watched, run
+from weft.core.adapter import Adapted, Adapter, changes, run
 from weft.core.affine import NotLinear, WeightOp
 from weft.core.choices import unrecorded
 from weft.core.fused import value
@@ -19,8 +19,9 @@ from weft.core.gather import Gather, reading
 from weft.core.method import Method
 from weft.core.op import DataOp, Op
 from weft.core.parts import Layers, Split
-from weft.core.pile import Pile, likeness
-from weft.core.positions import Positions
+from weft.core.pile import likeness
+from weft.core.portions import Chosen, Common, Portion
+from weft.core.stacked import Stacked
 from weft.core.view import Once, OpView, Spy
 
 Adapters = Mapping[str, Adapter]
@@ -39,7 +40,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Blend:
+class Weighted:
     """W x + sum_k weight_k (f_k(x) - W x): the weighted sum of what each adapter changes."""
 
     weights: tuple[tuple[Any, float], ...]
@@ -71,17 +72,17 @@ class Rows:
         return tuple(i for i in self.ids for _ in range(each))
 
 
-Route = None | str | Stack | Blend | Rows | Layers | Split
+Route = None | str | Stack | Weighted | Rows | Layers | Split
 
 
 def as_route(value: Any) -> Route:
     """None, a name, {name: weight}, a list with one route per row, or a route; TypeError for anything else."""
-    if value is None or isinstance(value, str | Stack | Blend | Rows | Layers | Split):
+    if value is None or isinstance(value, str | Stack | Weighted | Rows | Layers | Split):
         return value
     if isinstance(value, Mapping):
         if not value:
             raise ValueError("a blend needs at least one adapter; None is the base")
-        return Blend(tuple((as_route(k), float(v)) for k, v in value.items()))
+        return Weighted(tuple((as_route(k), float(v)) for k, v in value.items()))
     if isinstance(value, Sequence):
         rows = [as_route(v) for v in value]
         if not rows:
@@ -103,7 +104,7 @@ def parts(route: Route) -> tuple[Any, ...]:
             return inner
         case Layers() | Split():
             return route.routes
-        case Blend(weights=weights):
+        case Weighted(weights=weights):
             return tuple(r for r, _ in weights)
     return ()
 
@@ -136,7 +137,7 @@ def apply(route: Route, x: Any, op: Op, adapters: Adapters, expand: int = 1) -> 
         return torch.cat(pieces, 1)
     if isinstance(route, Stack):
         return nest(route, op, adapters)(x)
-    if isinstance(route, Blend):
+    if isinstance(route, Weighted):
         present = [(r, w) for r, w in route.weights if names(r) & adapters.keys()]
         op = Once(op)
         base = y = op(x)
@@ -173,44 +174,66 @@ def _apply_rows(rows: Rows, x: Tensor, op: Op, adapters: Adapters, expand: int) 
         raise TypeError("a route with one adapter per row applies to data only")
     plan = _partition(rows, x, op, adapters, expand)
     if len(plan.groups) == 1:
-        return _run_group(rows, plan.groups[0], x, op, op, adapters)
+        return _run_group(plan.groups[0], x, op, op, adapters)
     inputs = plan.cut(x)
     direct = [n for n, g in enumerate(plan.groups) if g.direct]
-    common = Common(op, x, {n: inputs[n] for n in direct}, plan) if len(direct) > 1 else None
+    common = None
+    if len(direct) > 1:
+        wanted, where = {n: inputs[n] for n in direct}, [g.where for g in plan.groups]
+        common = Common(op, x, wanted, where, plan.back is None)
     pieces = []
     for n, (group, part) in enumerate(zip(plan.groups, inputs, strict=True)):
         frozen: Op = op
         if common is not None and group.direct:
             frozen = Portion(op, part, n, common, group.where)
-        here = {adapters[a].method for r in group.routes for a in names(rows.routes[r]) & adapters.keys()}
-        if any(method.reads_batch for method in here):
+        if group.reads_batch:
             frozen = Chosen(frozen, x, group.where)
-        pieces.append(_run_group(rows, group, part, op, frozen, adapters))
+        pieces.append(_run_group(group, part, op, frozen, adapters))
     return plan.join(pieces)
 
 
 @dataclass(eq=False)
 class _Group:
-    """Rows that one call can serve. routes: the distinct ones, by number; ids: for each block of rows, which of them.
+    """Rows that one call can serve. routes: the distinct ones; ids: for each block of rows, which of them.
 
+    stacked: the coefficients of their adapters, where there are several. present: whether any has an adapter here.
     direct: whether its body reads the frozen map of its input as it is, so that it can share one call of the map.
+    reads_batch: whether a body wants what is given for its rows.
     """
 
-    routes: list[int]
+    routes: list[Route]
     where: Tensor
     ids: Tensor | None
     num_blocks: int
+    present: bool
+    stacked: Stacked | None
     direct: bool
+    reads_batch: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Partition:
     """The groups of a batch. sizes: their rows, where these stand in the batch one group after another; back: the place
-    of every row of the batch among the rows of all groups, where they do not."""
+    of every row of the batch among the rows of all groups, where they do not.
+
+    held: which of the site's adapters `mentioned` were when it was made; seen: how many changes there had been.
+    """
 
     groups: list[_Group]
     sizes: list[int] | None
     back: Tensor | None
+    adapters: Adapters
+    mentioned: tuple[str, ...]
+    held: list[Adapter | None]
+    seen: int
+
+    def holds(self) -> bool:
+        """Whether the site has the adapters that it was made for."""
+        if torch.compiler.is_compiling():  # the count would become a condition of the graph
+            return True
+        if self.seen != changes[0] and [*map(self.adapters.get, self.mentioned)] == self.held:
+            self.seen = changes[0]
+        return self.seen == changes[0]
 
     def cut(self, x: Tensor) -> Sequence[Tensor]:
         """The rows of every group."""
@@ -227,26 +250,43 @@ class _Partition:
 def _partition(rows: Rows, x: Tensor, op: DataOp, adapters: Adapters, expand: int) -> _Partition:
     """How a batch is served: made once for every size of batch and set of adapters."""
     key = ("partition", id(adapters), x.shape[0], x.ndim != 2, expand, x.device)
-    if key not in rows._cache:
+    plan: _Partition | None = rows._cache.get(key)
+    if plan is not None and not plan.holds():  # attached or detached since, while another route was in use
+        rows._cache.clear()
+        plan = None
+    if plan is None:
         ids = rows.for_leading(x.shape[0], exact=x.ndim != 2, expand=expand)
         groups, order = [], []
         for routes in _groups(rows, adapters):
             where = [n for n, i in enumerate(ids) if i in routes]
             order += where
-            direct = _is_direct(rows.routes[routes[0]], x[:1], op, adapters)
-            groups.append(_group(routes, where, [routes.index(ids[n]) for n in where], x.device, direct))
+            groups.append(_group(rows, routes, where, [routes.index(ids[n]) for n in where], x, op, adapters))
         in_order = order == [*range(len(ids))]
         back = None if in_order else torch.tensor(order, device=x.device).argsort()
-        rows._cache[key] = _Partition(groups, [len(g.where) for g in groups] if in_order else None, back)
-    return rows._cache[key]
+        mentioned = (*sorted(names(rows)),)
+        held = [*map(adapters.get, mentioned)]
+        sizes = [len(g.where) for g in groups] if in_order else None
+        plan = rows._cache[key] = _Partition(groups, sizes, back, adapters, mentioned, held, changes[0])
+    return plan
 
 
-def _group(routes: list[int], where: list[int], local: list[int], device: torch.device, direct: bool) -> _Group:
+def _group(
+    rows: Rows, numbers: list[int], where: list[int], local: list[int], x: Tensor, op: DataOp, adapters: Adapters
+) -> _Group:
     """Rows of one adapter that stand together make blocks, as large as all such runs allow."""
     size = math.gcd(*(len([*run]) for _, run in groupby(local)))
-    blocks = local[::size]
-    ids = None if blocks == [*range(len(routes))] else torch.tensor(blocks, device=device)
-    return _Group(routes, torch.tensor(where, device=device), ids, len(blocks), direct)
+    blocks, device = local[::size], x.device
+    ids = None if blocks == [*range(len(numbers))] else torch.tensor(blocks, device=device)
+    routes = [rows.routes[i] for i in numbers]
+    here = set().union(*map(names, routes)) & adapters.keys()
+    stacked = None
+    if here and len(routes) > 1:
+        members = [adapters[r] for r in routes]
+        stacked = rows._cache.setdefault(("stack", *map(id, members)), Stacked(members))
+    direct, reads_batch = _is_direct(routes[0], x[:1], op, adapters), any(adapters[a].method.reads_batch for a in here)
+    return _Group(
+        routes, torch.tensor(where, device=device), ids, len(blocks), bool(here), stacked, direct, reads_batch
+    )
 
 
 _direct: dict[tuple[Method, str], bool] = {}
@@ -286,114 +326,15 @@ def _groups(rows: Rows, adapters: Adapters) -> list[list[int]]:
     return list(groups.values())
 
 
-class Common:
-    """The frozen map of several parts of a batch, computed in one call when the first of them is asked for.
-
-    Where these are all its parts, the batch goes through as it is: what a block is given beside it is for its rows.
-    """
-
-    def __init__(self, op: DataOp, batch: Tensor, parts: Mapping[int, Tensor], plan: _Partition):
-        self.op, self.batch, self.parts, self.plan = op, batch, parts, plan
-        self.found: dict[int, Tensor] = {}
-
-    def of(self, number: int) -> Tensor:
-        """The map of one of the parts."""
-        if not self.found:
-            groups = self.plan.groups
-            if len(self.parts) < len(groups):
-                y = self.op(torch.cat([*self.parts.values()]))
-            else:
-                y = self.op(self.batch)
-                y = y if self.plan.back is None else y.index_select(0, torch.cat([g.where for g in groups]))
-            self.found.update(zip(self.parts, y.split([p.shape[0] for p in self.parts.values()]), strict=True))
-        return self.found[number]
-
-
-class Portion(OpView):
-    """A map on a part of a batch, which takes its share of what is computed for several parts at once.
-
-    where: the rows that the part has of the batch.
-    """
-
-    def __init__(self, inner: DataOp, part: Tensor, number: int, common: Common, where: Tensor):
-        super().__init__(inner)
-        self.part, self.number, self.common, self.where = part, number, common, where
-
-    def positions(self, x: Any) -> Positions:
-        return self.inner.positions(self.common.batch).rows(self.where)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x is self.part:
-            return self.common.of(self.number)
-        y: Tensor = self.inner(x)
-        return y
-
-
-class Chosen(OpView):
-    """A map on some rows of a batch, which knows what is given for them and what the layers before gave of them.
-
-    whole: the batch that these rows are of; where: which they are.
-    """
-
-    def __init__(self, inner: Op, whole: Tensor, where: Tensor):
-        super().__init__(inner)
-        self.whole, self.where = whole, where
-
-    def given(self, x: Any, name: str, count: int) -> Tensor:
-        values: Tensor = self.inner.given(self.whole, name, count)
-        return values if values.shape[0] == 1 else values.index_select(0, self.where)
-
-    def invoked(self, x: Any, tokens: tuple[int, ...]) -> Tensor:
-        return self.inner.invoked(self.whole, tokens).index_select(0, self.where)
-
-    def hidden(self) -> list[Tensor]:
-        return [state.index_select(0, self.where) for state in self.inner.hidden()]
-
-    def self_attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # the mask and the cache have all rows of the batch
-        full = (t.new_zeros(len(self.whole), *t.shape[1:]).index_copy(0, self.where, t) for t in (query, key, value))
-        return self.inner.self_attention(*full).index_select(0, self.where)
-
-    def positions(self, x: Any) -> Positions:
-        if isinstance(self.inner, Portion):
-            return self.inner.positions(x)
-        return self.inner.positions(self.whole).rows(self.where)
-
-
-def _run_group(rows: Rows, group: _Group, x: Tensor, op: DataOp, frozen: Op, adapters: Adapters) -> Tensor:
+def _run_group(group: _Group, x: Tensor, op: DataOp, frozen: Op, adapters: Adapters) -> Tensor:
     """One group's rows through its adapters. frozen: what computes the map itself."""
-    routes = [rows.routes[i] for i in group.routes]
-    if not names(routes[0]) & adapters.keys():
+    if not group.present:
         return frozen(x)
-    if len(routes) > 1:
-        members = [adapters[r] for r in routes]
+    if group.stacked is not None:
         gather = Gather(op, group.ids, group.num_blocks, frozen)
-        y: Tensor = value(run(members[0].method, _stacked(rows, members, op), x, reading(gather, x)))
+        y: Tensor = value(run(group.stacked.members[0].method, group.stacked.coefficients(op), x, reading(gather, x)))
         return y
-    if isinstance(routes[0], str):
-        adapter = adapters[routes[0]]
+    if isinstance(group.routes[0], str):
+        adapter = adapters[group.routes[0]]
         return run(adapter.method, adapter.coefficients(op, keep=True), x, frozen)
-    return apply(routes[0], x, frozen, adapters)
-
-
-def _stacked(rows: Rows, members: list[Adapter], op: DataOp) -> Mapping[str, Tensor]:
-    """The coefficients of several adapters, stacked [K, ...]; kept between calls while no gradient is wanted."""
-    pile: Pile | None = members[0].__dict__.get("pile")
-    if pile is not None and torch.is_grad_enabled():
-        return pile.coefficients(members, op)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _stack([a.coefficients(op) for a in members])
-    key = ("stack", *map(id, members))
-    kept = rows._cache.get(key)
-    ages = [a.age for a in members]
-    if kept is not None and kept[0] == ages and kept[1].unchanged():
-        return kept[2]
-    watched = Watched(members, op)
-    stacked = _stack([a.coefficients(op, keep=True) for a in members])
-    if watched.countable:
-        rows._cache[key] = ages, watched, stacked
-    return stacked
-
-
-def _stack(each: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    return {k: torch.stack([c[k] for c in each]) for k in each[0]}
+    return apply(group.routes[0], x, frozen, adapters)

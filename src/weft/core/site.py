@@ -20,7 +20,8 @@ class Site:
     address: where the site is, as the model names it (`model.layers.0.mlp.up_proj`).
     mixes_tokens: at a block, whether names in it say that tokens see each other there (an attention, a convolution).
     has_queries: at an attention, whether its queries can be computed again for hidden states of a method.
-    index, count: position among the sites of this adapter, and how many there are.
+    index, count: position among the sites of this adapter, and how many there are; for `init` and penalties. The site
+        of an op is shared by all adapters there, so a body that needs them saves them.
     layer: number of the layer that holds it, if the address has one.
     num_layers: at the end of a backbone, how many layers come before.
     """

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.core.evolve import Part
+from weft.core.evolve import Part, Progress
+from weft.core.site import Site
 
-__all__ = ["bonds", "chain", "drop_directions", "factors", "matrix_chain", "packed_bonds", "rounded"]
+__all__ = [
+    "bonds", "chain", "drop_directions", "factors", "grow_bonds", "matrix_chain", "packed_bonds", "rounded",
+    "trains",
+]  # fmt: skip
 
 
 def factors(size: int, count: int) -> tuple[int, ...]:
@@ -154,3 +158,43 @@ def drop_directions(parts: Sequence[Part], names: Sequence[str], tolerance: floa
                 core.copy_(new)
         for name, core in cores.items():
             part.restart(name, torch.ones_like(core, dtype=torch.bool))  # its entries mean something else now
+
+
+def trains(site: Site, sizes: Mapping[str, Sequence[int]], bond: int, *, growing: bool) -> dict[str, Tensor]:
+    """Normal cores [r, n, r'] of matrices [all sizes but the last, the last], by name, spread as LoRETTA's authors do.
+
+    Bonds are `bond` or less; where they are to grow, all but the first row of the core at their right is zero.
+    """
+    cores = {}
+    for name, own in sizes.items():
+        ends, spread = bonds(own, bond), (math.prod(own[:-1]) + own[-1]) ** (-0.5 / len(own))
+        for k, n in enumerate(own):
+            core = site.normal(ends[k], n, ends[k + 1], std=spread * ends[k + 1] ** -0.5, salt=f"{name}{k}")
+            core[1 if growing else ends[k] :] = 0.0
+            cores[f"{name}{k}"] = core
+    return cores
+
+
+def grow_bonds(parts: Sequence[Part], names: Sequence[str], growths: int, progress: Progress) -> None:
+    """Let one bond after another of each site grow by one, `growths` times together in the first half of the steps.
+
+    names: the cores at the right of a bond, whose rows beyond the bond's size are zero. It is the bond whose next row
+    the loss has been steepest in since the last growth. Rows that are not used yet stay zero.
+    """
+    count = int(growths * min(2 * progress.share, 1.0))
+    for part in parts:
+        cores = [part.tensors[name] for name in names]
+        used = part.state.setdefault("used", cores[0].new_ones(len(names)))
+        slopes = part.state.setdefault("slopes", cores[0].new_zeros(len(names)))
+        for i, core in enumerate(cores):
+            if core.grad is not None and used[i] < core.shape[-3]:
+                slopes[i] += core.grad.select(-3, int(used[i])).square().sum()
+        room = used < used.new_tensor([core.shape[-3] for core in cores])
+        if used.sum() - len(names) < count and bool(room.any()):
+            used[slopes.where(room, -1.0).argmax()] += 1
+            slopes.zero_()
+        for i, (name, core) in enumerate(zip(names, cores, strict=True)):
+            unused = torch.zeros_like(core, dtype=torch.bool)
+            unused.narrow(-3, int(used[i]), core.shape[-3] - int(used[i])).fill_(True)
+            core.masked_fill_(unused, 0.0)
+            part.restart(name, unused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from weft.core.affine import StartOp
 from weft.core.site import Site
 
-__all__ = ["check_start", "start_ids", "start_tokens"]
+__all__ = ["answer_counts", "check_start", "start_ids", "start_tokens"]
 
 
 def check_start(method: Any, site: Site) -> None:
@@ -40,3 +41,12 @@ def start_tokens(method: Any, site: Site, op: StartOp, num: int) -> Tensor:
         return site.normal(num, site.out_features)
     rows = torch.tensor((start_ids(method, site, op, num) * num)[:num], device=site.device)
     return op.weight().mT[rows].clone()
+
+
+def answer_counts(types: Sequence[int], decay: float) -> list[float]:
+    """What a loss on each token of a context counts: those of type 4, 8, ... are answers, each of them decay^j in all.
+
+    j counts from the last answer, which has 1: what the input is to be answered with comes after it.
+    """
+    answers = sorted({k for k in types if k > 0 and k % 4 == 0}, reverse=True)
+    return [decay ** (1 + answers.index(k)) / types.count(k) if k in answers else 0.0 for k in types]

@@ -33,28 +33,28 @@ class GraLoRA(Method):
             raise ValueError(f"a convolution with {site.groups} groups is cut into blocks already")
 
     def init(self, site, op):
-        k = self.num_blocks
-        a, b = (k, self.rank, site.in_features // k, *site.kernel_size), (k, site.out_features // k, self.rank)
+        k, r = self.num_blocks, self.rank
+        a, b = (k, r, site.in_features // k, *site.kernel_size), (k, site.out_features // k, r)
+        t = {"A": site.uniform(*a, bound=math.prod(a[2:]) ** -0.5), "B": site.zeros(*b)}
         if site.kind == "embedding":  # rows are looked up, not summed: B is the random one
             t = {"A": site.zeros(*a), "B": site.normal(*b)}
-        else:
-            t = {"A": site.uniform(*a, bound=math.prod(a[2:]) ** -0.5), "B": site.zeros(*b)}
         if self.hybrid_rank:
             t["A_general"], t["B_general"] = low_rank("kaiming", site, op, rank=self.hybrid_rank, scale=1.0)
         return t
 
     def coefficients(self, t, op):
-        k, r, kernel = self.num_blocks, self.rank, op.site.kernel_size
-        eye = torch.eye(k, dtype=t["A"].dtype, device=t["A"].device)
-        a = torch.einsum("nm,nri...->nrmi...", eye, t["A"]).reshape(k * r, -1, *kernel)  # rows (n, j, s)
-        b = torch.einsum("jm,jons->jonms", eye, t["B"].unflatten(2, (k, r // k))).reshape(-1, k * r)
-        b = self.alpha / (r + self.hybrid_rank) * b
+        k, r, scale, like = self.num_blocks, self.rank, self.alpha / (self.rank + self.hybrid_rank), t["A"]
+        if op.site.kind == "linear" and torch.is_grad_enabled() and not self.hybrid_rank:  # no zeros between the blocks
+            order = torch.arange(k * r, device=like.device).view(k, k, -1).transpose(0, 1).flatten()
+            return {"A": t["A"], "B": scale * t["B"], "order": order}
+        eye = torch.eye(k, dtype=like.dtype, device=like.device)
+        a = torch.einsum("nm,nri...->nrmi...", eye, t["A"]).reshape(k * r, -1, *op.site.kernel_size)  # rows (n, j, s)
+        b = scale * torch.einsum("jm,jons->jonms", eye, t["B"].unflatten(2, (k, r // k))).reshape(-1, k * r)
         if self.hybrid_rank:
-            a, b = (
-                torch.cat([a, t["A_general"]]),
-                torch.cat([b, self.alpha / (r + self.hybrid_rank) * t["B_general"]], 1),
-            )
+            a, b = torch.cat([a, t["A_general"]]), torch.cat([b, scale * t["B_general"]], 1)
         return {"A": a, "B": b}
 
     def forward(self, c, x, op):
+        if "order" in c:
+            return op(x) + op.rotate(op.permute(op.rotate(op.drop(x, self.dropout), c["A"]), c["order"]), c["B"])
         return op.expand(op.project(op.drop(x, self.dropout), c["A"]), c["B"], onto=op(x))

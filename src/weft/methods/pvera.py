@@ -44,17 +44,17 @@ class PVeRA(Method):
 
     def coefficients(self, t, op):
         a, d, b, r = t["A"][:, : op.site.in_features], t["d"], t["B"][: op.site.out_features], self.rank
-        return {"A": a, "A_m": a[:r], "d": d, "d_m": d[:r], "B": b, "b": t["b"]}
+        return {"A": a, "A_m": a[:r], "d_m": d[:r], "d_v": d[r:], "B": b, "b": t["b"]}
 
     def forward(self, c, x, op):
         y, inner = op(x), op.drop(x, self.dropout)
         if op.chance(0) is None:
             return y + op.scale(op.expand(op.scale(op.project(inner, c["A_m"]), c["d_m"]), c["B"]), c["b"])
-        h = op.project(inner, c["A"])  # [..., 2 R]
-        mean, log = op.scale(h, c["d"]).chunk(2, -1)
-        deviation = (log / 2).exp()
-        y = y + op.scale(op.expand(mean + torch.randn_like(deviation) * deviation, c["B"]), c["b"])
-        # by sums over tokens of what is kept anyway, so that m itself is not
-        square = h.chunk(2, -1)[0].square().flatten(0, -2).mean(0) * c["d_m"].square()
-        divergence = (square.mean() + (deviation.square() - log).mean() - 1) / 2
+        h_m, h_v = op.project(inner, c["A"]).chunk(2, -1)  # [..., R]
+        deviation = torch.exp(op.scale(h_v, c["d_v"] / 2))
+        drawn = torch.addcmul(op.scale(h_m, c["d_m"]), torch.randn_like(deviation), deviation)
+        y = y + op.scale(op.expand(drawn, c["B"]), c["b"])
+        square = h_m.square().flatten(0, -2).mean(0) * c["d_m"].square()  # by means over tokens: no m or v is kept
+        log = h_v.flatten(0, -2).mean(0) * c["d_v"]
+        divergence = (square.mean() + deviation.square().mean() - log.mean() - 1) / 2
         return op.penalise(y, self.kl_weight * divergence)

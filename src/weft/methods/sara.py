@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from weft.core import LINEAR, Frozen, Method, option
-from weft.core.entries import largest, scattered
+from weft.core.entries import added, entries, largest, scattered
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class SaRA(Method):
 
     def coefficients(self, t, op):
         taken = op.weight().flatten()[t["places"].long()]
-        return {"delta": scattered(t["values"] - taken, t["places"], op.site.shape)}
+        return entries(t["values"] - taken, t["places"], op.site.shape)
 
     def forward(self, c, x, op):
-        return op.with_delta(x, c["delta"])
+        return added(c, x, op)
 
     def penalty(self, t, site):
         if not self.rank_penalty or torch.rand(()) * site.count >= 1:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from weft.core import Frozen, Method, option
-from weft.core.entries import scattered
+from weft.core.entries import added, entries
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class SHiRA(Method):
 
     def coefficients(self, t, op):
         row, column = t["indices"].long()
-        return {"S": scattered(t["values"], row * math.prod(op.site.shape[1:]) + column, op.site.shape)}
+        return entries(t["values"], row * math.prod(op.site.shape[1:]) + column, op.site.shape)
 
     def forward(self, c, x, op):
-        return op.with_delta(x, c["S"])
+        return added(c, x, op)
 
     def _score(self, site, op):  # what ranks the entries, [O, I * kernel]
         rows, columns = site.out_features, math.prod(site.shape[1:])

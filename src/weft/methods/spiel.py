@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from weft.core import Frozen, Method, option
-from weft.core.entries import exchange, largest, observe, scattered
+from weft.core.entries import added, entries, exchange, largest, observe
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,13 @@ class SpIEL(Method):
         return t | others if self.regrow == "gradients" else t
 
     def coefficients(self, t, op):
-        delta = scattered(t["values"], t["places"], op.site.shape)
+        values, places = t["values"], t["places"]
         if "candidates" in t:
-            delta = delta + scattered(t["candidates"], t["candidate_places"], op.site.shape)
-        return {"S": delta}
+            values, places = torch.cat([values, t["candidates"]]), torch.cat([places, t["candidate_places"]])
+        return entries(values, places, op.site.shape)
 
     def forward(self, c, x, op):
-        return op.with_delta(x, c["S"])
+        return added(c, x, op)
 
     def evolve(self, parts, progress):
         for part in parts:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from weft.core import Frozen, Method, option
-from weft.core.entries import largest, scattered
+from weft.core.entries import added, entries, largest
 from weft.core.starts import check_start, low_rank
 
 
@@ -50,10 +50,10 @@ class SuperTuning(Method):
 
     def coefficients(self, t, op):
         c = {} if self.rank is None else {"A": t["A"], "B": self._scale() * t["B"]}
-        return c | {"S": scattered(t["values"], t["places"], op.site.shape)}
+        return c | entries(t["values"], t["places"], op.site.shape)
 
     def forward(self, c, x, op):
-        y = op.with_delta(x, c["S"])
+        y = added(c, x, op)
         return y if self.rank is None else op.expand(op.project(op.drop(x, self.dropout), c["A"]), c["B"], onto=y)
 
     def _scale(self):

@@ -39,7 +39,7 @@ class VeRA(Method):
 
     def coefficients(self, t, op):
         site = op.site
-        return {"A": t["A"][:, : site.in_features], "B": t["b"][:, None] * t["B"][: site.out_features] * t["d"]}
+        return {"A": t["A"][:, : site.in_features], "B": op.with_gains(t["B"][: site.out_features], t["b"], t["d"])}
 
     def forward(self, c, x, op):
         return op.expand(op.project(op.drop(x, self.dropout), c["A"]), c["B"], onto=op(x))

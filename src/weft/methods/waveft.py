@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from weft.core import Frozen, Method, option
+from weft.core.entries import added, entries
 
 FILTERS = {"db1": (4, 4), "db2": (1 + 3**0.5, 3 + 3**0.5, 3 - 3**0.5, 1 - 3**0.5)}  # times the root of 32
 
@@ -46,11 +47,10 @@ class WaveFT(Method):
         # details of the rows are in the right half of F and those of the columns in the lower one, as PEFT has it
         patch = (bands[right] * inside_u).unsqueeze(2) * (bands[below] * inside_v).unsqueeze(1)  # [n, L, L]
         values = (self.scaling * t["spectrum"].view(-1, 1, 1) * patch).flatten()
-        where = (u.unsqueeze(2) * columns + v.unsqueeze(1)).flatten()
-        return {"delta": low.new_zeros(rows * columns).scatter_add(0, where, values).view(op.site.shape)}
+        return entries(values, (u.unsqueeze(2) * columns + v.unsqueeze(1)).flatten(), op.site.shape)
 
     def forward(self, c, x, op):
-        return op.with_delta(x, c["delta"])
+        return added(c, x, op)
 
     def _taps(self, at, size):
         """Where along one side an entry's filter lies [n, L], in which half its entry is, and which taps are inside."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from weft.core.functions import times
+
 __all__ = ["Shaping", "fused_losses", "losses_of"]
 
 _HALF_MAX = 65504.0  # the largest float16
@@ -155,7 +157,7 @@ class _Made:
         if self.of_rows is None:
             return
         if self.shift is None:
-            torch.mm(gradient.to(self.kind), self.weight, out=self.of_rows[part])
+            times(gradient.to(self.kind), self.weight, out=self.of_rows[part])
         else:  # small shares would fall below what float16 can hold
             self.of_rows[part] = ((gradient * self.shift).to(self.kind) @ self.weight).float() / self.shift
 
