@@ -95,7 +95,7 @@ ABSENT = {
     "SHADOW": "none: before every layer it adds what a state says that the layer before has just changed, and a "
     "second decoder with positions and a cache of its own makes the first state; a body sees one layer. Nearest is "
     "`ladder_side`, which reads the layers and leaves them as they are",
-    "XLORA": "`xlora` computes the same; PEFT's folders of it are not read or written",
+    "XLORA": "`xlora`, a router: PEFT's folders of it are read, and not written",
 }
 """HF PEFT's types that have no counterpart here, with the reason."""
 

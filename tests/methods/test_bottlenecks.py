@@ -103,7 +103,8 @@ def test_r_adapter_ends_as_the_average_of_its_steps() -> None:
 def test_mosa_trains_one_piece_a_step_and_is_whole_afterwards() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 12)).train()
-    weft.attach(model, method("mosa", pieces=3, width=6, placement="parallel"), ["0"])
+    weft.attach(model, method("mosa", pieces=3, width=6, placement="parallel", cut="both"), ["0"])
+    first = own(model, "0")["down"].detach().clone()
     shaken(model)
     t, x = own(model, "0"), torch.randn(50, 12)
     assert [(t["down_piece"] == i).sum().item() for i in range(3)] == [24, 24, 24]
@@ -122,8 +123,19 @@ def test_mosa_trains_one_piece_a_step_and_is_whole_afterwards() -> None:
     weft.attach(plain, method("bottleneck", width=6, placement="parallel", activation="relu", scale=0.1), ["0"])
     with torch.no_grad():
         for key, value in own(plain, "0").items():
-            value.copy_(t[key] if "bias" in key else t[key] / 3)
+            value.copy_({"up": t["up"] / 3, "down": first + (t["down"] - first) / 3}.get(key, t[key]))
     close(whole, plain(x))
+
+
+def test_mosa_cuts_the_upper_matrix_alone_unless_told_otherwise() -> None:
+    model = nn.Sequential(nn.Linear(12, 12)).train()
+    weft.attach(model, method("mosa", pieces=3, width=6), ["0"])
+    shaken(model)
+    t = own(model, "0")
+    model(torch.randn(50, 12)).square().sum().backward()
+    assert (t["up"].grad != 0).sum() <= 24
+    assert (t["down"].grad != 0).sum() > 24
+    assert "down_piece" not in t
 
 
 def test_mosa_wants_its_pieces_to_agree() -> None:

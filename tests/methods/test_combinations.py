@@ -159,7 +159,7 @@ def test_adapterdrop_trains_without_the_adapters_of_the_first_layers() -> None:
         model.zero_grad()
         model.train()(rows).logits.square().sum().backward()
         assert [bool(a.tensors()["up"].grad.any()) for a in adapters] == on
-    assert seen == {0, 1, 2, 3}
+    assert seen == {1, 2, 3}, "there is a step to learn from every time"
     with torch.no_grad():
         off = model.eval()(rows).logits
         drop.evolve(each, Progress(30, 30))

@@ -17,6 +17,8 @@ from tests.common.language import CAUSAL, bert, close, generate, gpt2, ids, llam
 from weft.attach import AdapterError
 from weft.core import Progress
 from weft.core.evolve import Part
+from weft.data.batch import Batch
+from weft.objectives import chunked_loss_of
 from weft.targets import TargetError
 
 
@@ -131,6 +133,83 @@ def test_a_context_moves_no_further_than_it_may() -> None:
     close(own["delta"].norm(dim=1)[[0, 2, 3]], torch.tensor([0.1, 0.1, 0.0]) * unit)
     close(own["delta"][1], before[1], 0.0)  # it was near enough
     close(own["delta"][0] / own["delta"][0].norm(), before[0] / before[0].norm())
+
+
+CONTEXTS = [  # (types, decay, tokens of an answer): one example, two of them, one with a longer answer
+    ((1, 2, 2, 3, 4), 1.0, 1),
+    ((2, 4, 5, 6, 8), 0.5, 1),
+    ((2, 3, 4, 4, 3), 0.9, 2),
+]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(("types", "decay", "answer"), CONTEXTS)
+def test_a_context_learns_its_own_answers_as_pefts_does(
+    types: tuple[int, ...], decay: float, answer: int, chunked: bool
+) -> None:
+    model, rows, context = llama(), ids(3), (5, 6, 7, 8, 9)
+    config = peft.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=[*context], cpt_mask=[1] * 5, cpt_tokens_type_mask=[*types],
+        opt_weighted_loss_type="decay", opt_loss_decay_factor=decay,
+    )  # fmt: skip
+    other = peft.get_peft_model(copy.deepcopy(model), config).train()
+    labels = torch.full_like(rows, -100)
+    labels[:, -answer:] = rows[:, -answer:]
+    other(input_ids=rows, labels=labels).loss.backward()
+
+    weft.attach(model, weft.ContextPrompt(init_ids=context, token_types=types, decay=decay), name="c")
+    model.train()
+    if chunked:
+        batch = Batch(rows, torch.ones_like(rows), labels, num_trained=3 * answer, num_tokens=rows.numel())
+        loss, said = chunked_loss_of("causal-lm", model)
+        assert said is None
+        total, count, _ = loss(model, batch)
+        (total / count).backward()
+    else:
+        model(rows, labels=labels).loss.backward()
+    ((_, own),) = tensors(model, "c").items()
+    answers = len({k for k in types if k % 4 == 0})
+    wanted = other.prompt_encoder["default"].delta_embedding.weight.grad * (1 + answers)  # PEFT's is a mean of them all
+    close(own["delta"].grad, wanted)
+    assert wanted.abs().max() > 1e-3
+
+
+def test_the_answers_of_a_context_count_in_training_alone_and_by_row() -> None:
+    model, rows = llama(), ids(4)
+    for name, types in (("c", (2, 3, 4)), ("d", (2, 2, 2))):
+        weft.attach(model, weft.ContextPrompt(init_ids=(5, 6, 7), token_types=types), name=name)
+    weft.attach(model, weft.PromptTuning(num_tokens=2), name="p")
+    before = {name: t["delta"] for name in "cd" for t in tensors(model, name).values()}
+
+    def slopes(route: Any, train: bool = True) -> Tensor:
+        model.train(train)
+        with weft.using(model, route):
+            model(rows, labels=torch.full_like(rows, -100).index_fill(1, torch.tensor([6]), 9)).loss.backward()
+        found, before["c"].grad = before["c"].grad, None
+        return found
+
+    own, without = slopes("c"), slopes("c", train=False)
+    alone = own - without  # of the answer alone
+    assert alone.abs().max() > 1e-3
+    part = slopes(["d", "c", "p", "c"]) - slopes(["d", "c", "p", "c"], train=False)
+    close(part, alone)  # once for a batch, whatever else is in it
+    stacked = slopes(weft.Stack("p", "c")) - slopes(weft.Stack("p", "c"), train=False)
+    assert stacked.abs().max() > 1e-3
+    assert "counts" not in next(iter(tensors(model, "d").values()))
+
+
+def test_a_model_that_cannot_learn_the_answers_of_a_context() -> None:
+    model = bert()
+    weft.attach(model, weft.ContextPrompt(init_ids=(5, 6, 7), token_types=(2, 3, 4)), name="c")
+    model(ids())
+    with pytest.raises(ValueError, match="has no head that predicts one token after another"):
+        model.train()(ids())
+    capped = llama()
+    capped.config.final_logit_softcapping = capped.model.config.final_logit_softcapping = 30.0
+    weft.attach(capped, weft.ContextPrompt(init_ids=(5, 6, 7), token_types=(2, 3, 4)), name="c")
+    with pytest.raises(ValueError, match="shapes its logits"):
+        capped.train()(ids())
 
 
 @pytest.mark.parametrize(

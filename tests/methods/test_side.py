@@ -95,8 +95,8 @@ def test_the_k_adapter_is_the_papers() -> None:
     (t,) = tensors(model, "s").values()
     states, last = states_of(model, rows)
     s = torch.zeros_like(last[0])
-    for k, n in enumerate((0, 2, 3)):  # round(3 * 1 / 2) is 2
-        f = states[n][0] + s
+    for k, n in enumerate((0, 1, 2)):  # from the embeddings to the last of three layers' input
+        f = F.layer_norm(states[n][0], states[n].shape[-1:]) + s
         h = f @ t["down"][k].T + t["down_bias"][k]
         for i in range(2):
             h = dense_layer(t, 2 * k + i, h, 2)

@@ -113,6 +113,49 @@ def test_dota_drops_directions_for_good() -> None:
     off.evolve([part], Progress(2, 10))  # without a tolerance it leaves everything as it is
 
 
+def sizes_of(t: dict[str, Tensor]) -> dict[str, int]:
+    """How many rows of each core right of a bond are in use."""
+    return {k: int(c.flatten(1).any(1).sum()) for k, c in t.items() if k[0] in "AB" and k[1:] != "0"}
+
+
+def test_lorettas_bonds_grow_where_the_loss_is_steepest() -> None:
+    method = METHODS["loretta"](rank=4, bond=4, num_cores=2, growths=6)
+    model = attached(method, 16, 16)
+    adapter = records(model)["default"].adapters["0"]
+    restarted: dict[str, Tensor] = {}
+    part = Part(adapter.site, adapter.tensors(), {}, restarted.__setitem__)
+    assert sizes_of(adapter.tensors()) == {"A1": 1, "A2": 1, "B1": 1, "B2": 0}
+    optimizer = torch.optim.AdamW(weft.parameters(model), lr=0.05)
+    x, target = torch.randn(40, 16).double(), torch.randn(40, 16).double()
+    totals, losses = [], []
+    for step in range(1, 25):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        slopes = {k: adapter.tensors()[k].grad for k in ("A1", "A2", "B1", "B2")}
+        used = sizes_of(adapter.tensors())
+        optimizer.step()
+        with torch.no_grad():
+            before = part.state["slopes"].clone() if "slopes" in part.state else torch.zeros(4).double()
+            method.evolve([part], Progress(step, 24))
+        now = part.state["used"]
+        totals.append(int(now.sum()) - 4)
+        grown = [k for k, n in zip(slopes, now, strict=True) if int(n) > max(used[k], 1)]
+        if step > 4 and grown:  # by then every core has had a gradient
+            seen = [b + slopes[k][used[k]].square().sum() for (k, b) in zip(slopes, before, strict=True) if used[k] < 4]
+            room = [k for k in slopes if used[k] < 4]
+            assert grown == [room[int(torch.stack(seen).argmax())]]
+        for k, n in zip(slopes, now, strict=True):
+            assert not adapter.tensors()[k][int(n) :].any()
+            assert restarted[k][int(n) :].all()
+            assert not restarted[k][: int(n)].any()
+    assert totals == [min(int(6 * 2 * step / 24), 6) for step in range(1, 25)]
+    assert sum(sizes_of(adapter.tensors()).values()) == 10
+    assert losses[-1] < losses[8] < losses[0]
+    assert METHODS["loretta"]().evolves() is False
+
+
 def test_loretta_forms_fit_their_sites() -> None:
     LoRETTA = METHODS["loretta"]
     model = nn.Sequential(nn.Conv2d(8, 8, 3))

@@ -49,7 +49,9 @@ def set_gates(model: nn.Module, name: str) -> None:
 @pytest.fixture(params=["tasks", "users"])
 def routed(model: nn.Module, request: Any) -> tuple[nn.Module, str]:
     router = (
-        weft.TaskRouting(num_tasks=3) if request.param == "tasks" else weft.UserRouting(num_users=3, embedding_size=3)
+        weft.TaskRouting(num_tasks=3)
+        if request.param == "tasks"
+        else weft.UserRouting(num_users=3, embedding_size=3, hidden=None)
     )
     weft.join(model, router, ["math", "code"], name=request.param)
     set_gates(model, request.param)
@@ -144,7 +146,7 @@ def test_vectors_of_users_come_from_elsewhere_and_stay(model: nn.Module) -> None
     model.get_buffer("adapters.users.user_routing.users").copy_(vectors)
     adapter = records(model)["users"].adapters["model.layers.0.mlp"]
     assert torch.equal(adapter.tensors()["users"], vectors)
-    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if ".users." in n} == {"G", "b"}
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if ".users." in n} == {"G", "b", "H", "h"}
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,13 @@ def test_every_site_has_the_same_gates_unless_layerwise() -> None:
         assert all(torch.equal(first, g) != layerwise for g in others)
 
 
+def test_a_site_reads_its_own_scores_whatever_was_there_before() -> None:
+    models = base(), base()
+    weft.attach(models[1], weft.LoRA(rank=2), ["up_proj"], name="before")
+    first, second = (logits(woven(model, layerwise=True), TOKENS) for model in models)
+    assert torch.equal(first, second)
+
+
 def test_it_is_trained_saved_and_loaded(tmp_path: Path) -> None:
     model = woven(base(), depth=2, width=5, dropout=0.0)
     model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
@@ -146,6 +153,7 @@ def test_an_encoder_with_padding_is_surveyed_with_its_mask() -> None:
 
 def test_generation_keeps_a_cache_for_the_base_too() -> None:
     model = woven(base())
+    model.generation_config.eos_token_id = None  # no row ends early
     how = {"max_new_tokens": 5, "do_sample": False}
     plain = model.generate(TOKENS, use_cache=False, **how)
     assert torch.equal(model.generate(TOKENS, use_cache=True, **how), plain)

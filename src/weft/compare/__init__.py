@@ -2,6 +2,7 @@
 
 from weft.compare.comparison import compare
 from weft.compare.figures import Comparison, Figures
+from weft.compare.layers import ChosenLayers, choose_layers
 from weft.compare.settings import Settings
 
-__all__ = ["Comparison", "Figures", "Settings", "compare"]
+__all__ = ["ChosenLayers", "Comparison", "Figures", "Settings", "choose_layers", "compare"]

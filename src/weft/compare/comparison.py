@@ -28,9 +28,10 @@ from weft.tune.ahead import foresee_memory
 from weft.tune.loop import num_steps
 from weft.tune.machine import DISK_ERRORS
 from weft.tune.outcome import write_json
-from weft.tune.progress import readable_seconds, stderr_console
+from weft.tune.progress import stderr_console
 from weft.tune.session import resolve_plan, threads
 from weft.tune.stop import Interrupted, Stop
+from weft.units import readable_seconds
 
 __all__ = ["compare"]
 

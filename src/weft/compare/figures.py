@@ -16,7 +16,8 @@ from weft.compare.entries import Entry
 from weft.compare.settings import Settings
 from weft.compare.shared import Shared
 from weft.compare.statistics import Estimate, Losses, Weights, bootstrap_weights, difference, mean
-from weft.tune.machine import describe_machine, readable_bytes
+from weft.tune.machine import describe_machine
+from weft.units import readable_bytes
 
 __all__ = ["COLUMNS", "Comparison", "Figures", "Known", "summarise"]
 

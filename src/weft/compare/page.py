@@ -11,7 +11,7 @@ from weft.report.page import whole_page
 from weft.report.page import write_page as write_html
 from weft.report.plots import Spot, scatter
 from weft.report.sections import card, html_table, machine_facts
-from weft.tune.machine import readable_bytes
+from weft.units import readable_bytes
 
 __all__ = ["render", "write_page"]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +28,7 @@ from weft.adapter import (
     write_folder,
 )
 from weft.attach import attach_plan, records, use, weave_of
+from weft.collector import resting_collector
 from weft.core.method import Frozen, Method
 from weft.errors import AdapterError, nearest
 from weft.fresh import Record
@@ -95,25 +94,12 @@ def load(
     any_base: accept an adapter that was made on other base weights than these.
     Raises AdapterFileError, before anything is changed, for a missing or extra tensor, a wrong shape, or another base.
     """
-    with _no_collection():
+    with resting_collector():
         opened = open_folder(model, path, name, any_base=any_base, dtype=dtype)
         attach_plan(model, opened.plan, tensors=opened.tensors, shared=opened.shared)
     if weave_of(model).route is None and weave_of(model).merged is None:
         use(model, opened.plan.name)
     return opened.plan
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's collector off: a load makes thousands of objects and no garbage, and each of the collector's rounds
-    walks every adapter loaded before, a quarter of the time at fifty of them."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.affine import StartOp
+from weft.core.penalty import penalised
 from weft.core.site import Site
 from weft.kinds.seat import Weave, Woven, base_class, prove
-from weft.kinds.virtual import VirtualSeat, batched, per_row, real
+from weft.kinds.virtual import Virtual, VirtualSeat, batched, per_row, real
+
+_SHAPES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""What a configuration calls that which is done to logits after the head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +25,14 @@ class Ahead:
     """What comes before the user's tokens in one call.
 
     size: virtual tokens of the longest row. tokens: [B or 1, N, C]. real: which of them each row has, None for all.
-    shift: by how much the positions of the user's tokens move, per row [B, 1] or for all.
+    shift: by how much the positions of the user's tokens move, per row [B, 1] or for all. wishes: of each case.
     """
 
     size: int
     tokens: Tensor | None
     real: Tensor | None
     shift: int | Tensor
+    wishes: Sequence[Virtual] = ()
 
 
 class InputSeat(VirtualSeat):
@@ -40,6 +45,7 @@ class InputSeat(VirtualSeat):
         self.names = argument_names(self.base)
         self.attentions: list[VirtualSeat] = []
         self.root_names: tuple[str, ...] = ()  # arguments of the whole model
+        self.head: nn.Module | None = None  # what makes logits of the whole model's hidden states
         self.whole = False  # keep the virtual tokens in the result: the caller takes them off
         self.counted_from = counted_from(module)
         self.is_encoder = bool(getattr(module.config, "is_encoder_decoder", False))
@@ -88,6 +94,8 @@ class InputSeat(VirtualSeat):
         if size:
             self._embed(given, ahead)
         result = forward(**given)
+        if size and self.training():
+            result = self._answered(result, ahead)
         if not size or self.whole or self.is_encoder:
             return result
         return without(result, size, size + x.shape[1])
@@ -100,8 +108,42 @@ class InputSeat(VirtualSeat):
         counts, prefix = self.counts(), self._prefix_counts()
         if not max(counts) and not max(prefix):
             return None
-        tokens, mask = batched([w.stream(0) for w in self.wishes()], ids) if max(counts) else (None, None)
-        return Ahead(max(counts), tokens, mask, per_row([c + p for c, p in zip(counts, prefix, strict=True)], ids))
+        wishes = self.wishes() if max(counts) else []
+        tokens, mask = batched([w.stream(0) for w in wishes], ids) if wishes else (None, None)
+        shift = per_row([c + p for c, p in zip(counts, prefix, strict=True)], ids)
+        return Ahead(max(counts), tokens, mask, shift, wishes)
+
+    def _answered(self, result: Any, ahead: Ahead) -> Any:
+        """The result with the losses of prompts that hold answers: each answer is predicted from what comes before it.
+
+        The prompt comes first and sees no row of the batch, so that one row tells its loss.
+        """
+        for case, wish in enumerate(ahead.wishes):
+            told, ids = wish.answers(), self.ids(len(result[0]), result[0].device)
+            if told is None or (ids is not None and not bool((ids == case).any())):
+                continue
+            row = 0 if ids is None else int((ids == case).nonzero()[0])
+            states = result[0][row : row + 1, ahead.size - wish.num_ahead : ahead.size - 1]  # [1, N - 1, C]
+            logits = self._logits(states).float()[0]
+            losses = torch.nn.functional.cross_entropy(logits, told[0][1:], reduction="none")
+            hidden = penalised(result[0], (told[1][1:] * losses).sum())
+            if isinstance(result, tuple):
+                result = (hidden, *result[1:])
+            else:
+                result.last_hidden_state = hidden
+        return result
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """What the model makes of hidden states, past whoever listens to its head."""
+        config: Any = self.module.config
+        shaped = [k for k in _SHAPES if getattr(config, k, None) not in (None, 1, 1.0)]
+        if self.head is None or shaped or not self.weave.causal:
+            what = f"shapes its logits ({shaped[0]})" if shaped else "has no head that predicts one token after another"
+            raise ValueError(
+                f"the prompt has answers of its own to learn, and this {type(self.module).__name__} {what}: leave the "
+                "types of its answers (4, 8, ...) out of token_types"
+            )
+        return type(self.head).forward(self.head, states)
 
     def _prefix_counts(self) -> tuple[int, ...]:
         """Positions that attention prefixes take up, under each distinct route."""

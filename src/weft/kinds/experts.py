@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from weft.core.adapter import Adapter, run
 from weft.core.affine import Affine, WeightOp
 from weft.core.op import DataOp, Op, _cast
-from weft.core.route import Blend, Route, Rows, Stack, apply, merged, names
+from weft.core.route import Route, Rows, Stack, Weighted, apply, merged, names
 from weft.core.site import Site
 from weft.kinds.seat import Seat, WovenWeight, prove, read_once, split_rows
 
@@ -175,7 +175,7 @@ def _nests(route: Route) -> bool:
     match route:
         case Stack():
             return True
-        case Blend(weights=weights):
+        case Weighted(weights=weights):
             return any(_nests(r) for r, _ in weights)
         case Rows(routes=routes):
             return any(_nests(r) for r in routes)

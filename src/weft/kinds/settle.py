@@ -58,6 +58,8 @@ def settle(model: nn.Module, modules: Mapping[str, nn.Module], weave: Weave, nam
         elif weave.entry is None:
             weave.entry = _enter(input_of(address.removesuffix(f".{seat.param}"), modules), modules, weave)
     weave.entry.root_names = argument_names(base_class(model))
+    head = getattr(model, "get_output_embeddings", None)
+    weave.entry.head = head() if head is not None else None
     weave.entry.attentions = [s for s in weave.seats.values() if s.kind == "attention"]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from weft.core.adapter import Adapter
 from weft.core.given import Given, known
 from weft.core.op import DataOp
-from weft.core.route import Blend, Route, Rows, Stack, apply, names
+from weft.core.route import Route, Rows, Stack, Weighted, apply, names
 from weft.kinds.seat import Seat
 
 UNMERGEABLE = "virtual tokens are inputs, and no weight can express them; serve the adapter unmerged"
@@ -26,8 +26,9 @@ UNMERGEABLE = "virtual tokens are inputs, and no weight can express them; serve 
 class Virtual:
     """What the adapters of a route add at one site.
 
-    ahead: groups of rows that come first, in order; each group is one [N, C] tensor per stream (a prompt has one
-        stream, an attention prefix has two: keys and values).
+    ahead: groups of rows that come first, in order; each group is one [N, C] tensor per stream (an attention prefix
+        has two: keys and values; a prompt has one, and may say beside it of which tokens its rows are, [N, 1], and what
+        a loss on these counts, [N, 1]).
     gated: hidden states [N, I] that are attended to beside the input, each with its gate [1].
     """
 
@@ -42,6 +43,14 @@ class Virtual:
     def stream(self, index: int) -> Tensor | None:
         """The rows that come first, of one stream, [N, C]."""
         return torch.cat([group[index] for group in self.ahead]) if self.ahead else None
+
+    def answers(self) -> tuple[Tensor, Tensor] | None:
+        """Of a prompt's rows the tokens [N] and what a loss on them counts [N]; None where nothing counts."""
+        if all(len(group) < 3 for group in self.ahead):
+            return None
+        told = [g[1:] if len(g) == 3 else (g[0].new_zeros(len(g[0]), 1).long(), g[0][:, :1] * 0) for g in self.ahead]
+        ids, weights = (torch.cat(each).squeeze(1) for each in zip(*told, strict=True))
+        return ids, weights
 
     def _refuse(self, other: Any) -> NoReturn:
         raise TypeError(
@@ -193,7 +202,7 @@ def check_blend(route: Route, seats: Sequence[VirtualSeat]) -> None:
         case Stack(routes=parts) | Rows(routes=parts):
             for part in parts:
                 check_blend(part, seats)
-        case Blend():
+        case Weighted():
             if any(names(route) & seat.adapters.keys() for seat in seats):
                 Virtual()._refuse(None)
 

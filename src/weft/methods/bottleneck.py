@@ -16,11 +16,11 @@ class Bottleneck(Method):
 
     g = 1; or sigmoid(G z + g0) of what is read, for every token, or its mean over a row (UniPELT's, for encoders).
 
-    Houlsby et al. 2019, arXiv 1902.00751: sequential, targets=["attention-blocks", "mlp-blocks"].
-    Pfeiffer et al. 2020, arXiv 2005.00247: sequential, activation="relu", targets="mlp-blocks".
-    He et al. 2021, arXiv 2110.04366: form, placement, composition; parallel, width=512, activation="relu", scale=4.0.
-    Chen et al. 2022 (AdaptFormer), arXiv 2205.13535: as He et al., with width=64, scale=0.1.
-    Mao et al. 2022 (UniPELT), arXiv 2110.07577: gate="row".
+    Houlsby et al. 2019, arXiv 1902.00751: sequential, targets=["attention-blocks", "mlp-blocks"]; Pfeiffer et al. 2020,
+    2005.00247: activation="relu", targets="mlp-blocks".
+    He et al. 2021, arXiv 2110.04366: form, placement, composition; parallel, width=512, activation="relu", scale=4.0;
+    at attention blocks their multi-head form is that of U = W_o [U_1 ... U_H] for heads that W_o puts together.
+    Chen et al. 2022 (AdaptFormer), 2205.13535: width=64, scale=0.1. Mao et al. 2022 (UniPELT), 2110.07577: gate="row".
     """
 
     name = "bottleneck"

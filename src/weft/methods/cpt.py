@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 
 from weft.core import Frozen, Method, option
-from weft.core.tokens import check_start, start_ids
+from weft.core.tokens import answer_counts, check_start, start_ids
 
 
 @dataclass(frozen=True)
 class ContextPrompt(Method):
     """y = f([E c + D; E x]) for the tokens c of a context, with trained D [N, C],  |D_n| <= e_n sqrt(C / 2048).
 
-    Blau et al. 2024, arXiv 2410.17222: after each step D is projected back; tokens that are answers stay as they are.
-    Left out is the loss on the answers inside the context: virtual tokens are not predicted.
+    Training also minimises sum_j decay^j L_j: the mean loss on the tokens of the context's j-th answer from the end.
+    After each step D is projected back; tokens that are answers stay as they are. Blau et al. 2024, arXiv 2410.17222.
     """
 
     name = "cpt"
@@ -23,9 +23,8 @@ class ContextPrompt(Method):
     init_ids: tuple[int, ...] | None = option(None, help="the context as token ids: examples as the model sees them")
     init_text: str | None = option(None, help="the context as a text; with neither, random tokens are one")
     num_tokens: int | None = option(None, help="how many tokens init_text has, or are drawn (8)", minimum=1)
-    token_types: tuple[int, ...] | None = option(
-        None, help="what each token of the context is, modulo 4: 1, 3 template of input, of answer; 2 input; 0 answer"
-    )
+    token_types: tuple[int, ...] | None = option(None, help="1 or 3: of a template, 2: input, 4: answer; 5 to 8: next")
+    decay: float = option(0.95, help="what an answer's loss counts for each answer from it on", minimum=0, maximum=1)
     epsilon: float = option(0.1, help="how far tokens of the input may move", above=0)
     format_epsilon: float = option(0.1, help="how far tokens of a template may move", above=0)
 
@@ -39,18 +38,20 @@ class ContextPrompt(Method):
         if {len(self.token_types or ids), self.num_tokens or len(ids)} != {len(ids)}:
             raise ValueError(f"the context has {len(ids)} tokens: num_tokens and token_types must agree")
         tokens = op.weight().mT[torch.tensor(ids, device=site.device)].clone()
-        return {"tokens": Frozen(tokens), "bound": Frozen(self.bounds(tokens)), "delta": torch.zeros_like(tokens)}
+        return {k: Frozen(v) for k, v in self.told(tokens, ids).items()} | {"delta": torch.zeros_like(tokens)}
 
-    def bounds(self, tokens):
-        allowed = (0.0, self.format_epsilon, self.epsilon, self.format_epsilon)
-        each = [allowed[k % 4] for k in self.token_types or (2,) * len(tokens)]
-        return tokens.new_tensor(each) * (tokens.shape[1] / 2048) ** 0.5
+    def told(self, tokens, ids):  # by the context: its tokens, how far each may move, what a loss on each counts
+        types, far = self.token_types or (2,) * len(ids), (0.0, *(self.format_epsilon, self.epsilon) * 2)
+        bound = tokens.new_tensor([far[k % 4] for k in types]) * (tokens.shape[1] / 2048) ** 0.5
+        counts = answer_counts(types, self.decay)
+        columns = {"ids": torch.tensor(ids, device=tokens.device), "counts": tokens.new_tensor(counts)}
+        return {"tokens": tokens, "bound": bound} | {k: v.unsqueeze(-1) for k, v in columns.items() if any(counts)}
 
     def coefficients(self, t, op):
-        return {"tokens": t["tokens"] + (t["bound"] > 0).unsqueeze(-1) * t["delta"]}
+        return {**t, "tokens": t["tokens"] + (t["bound"] > 0).unsqueeze(-1) * t["delta"]}
 
     def forward(self, c, x, op):
-        return op.prepend(op(x), c["tokens"])
+        return op.prepend(op(x), c["tokens"], *(c[k] for k in ("ids", "counts") if k in c))
 
     def evolve(self, parts, progress):
         for part in parts:

@@ -12,8 +12,8 @@ class Full(Method):
     """y = V x + v, with V and v starting as the frozen weight and bias.
 
     half: of every two matrices after one another, chance takes one, as half fine-tuning does (Hui et al. 2024, arXiv
-    2404.18466); a next stage on the merged model takes others with another seed. A few layers alone, as SubTuning finds
-    them (Kaplun et al. 2023, arXiv 2302.06354), are `layers=` of attaching.
+    2404.18466); a next stage on the merged model takes others with another seed. A few layers alone are `layers=` of
+    attaching; `weft.compare.choose_layers` finds them as SubTuning does (Kaplun et al. 2023, arXiv 2302.06354).
     """
 
     name = "full"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from weft.core import Method, option
 from weft.core.transformer import layer, layers_start, num_heads
@@ -11,10 +12,12 @@ from weft.core.transformer import layer, layers_start, num_heads
 
 @dataclass(frozen=True)
 class KAdapter(Method):
-    """y' = y + M [y; s_K];  s_k = f_k + u_k + U_k layers(D_k f_k + d_k),  f_k = h_(l_k) + s_(k-1),  s_0 = 0.
+    """y' = y + M [y; s_K];  s_k = f_k + u_k + U_k layers(D_k f_k + d_k),  f_k = norm(h_(l_k)) + s_(k-1),  s_0 = 0.
 
-    Wang et al. 2020, arXiv 2002.01808: K places from the first layer to the last. M starts at 0, so that y' = y; the
-    paper's concatenation goes through M alone, as it is made for a new head.
+    Wang et al. 2020, arXiv 2002.01808: K places from the embeddings to the last layer's input, as 0, 11, 23 of 24. M
+    starts at 0, so that y' = y; the paper's concatenation goes through M alone, as it is made for a new head. Its
+    model normalises what every layer gives; here states grow from layer to layer, so they are normalised (without
+    gains) where they are read. The small layers have their norms first and no biases in attention.
     """
 
     name = "k_adapter"
@@ -28,8 +31,8 @@ class KAdapter(Method):
     head_size: int = option(64, help="channels of a head of their attentions, at most", minimum=1)
 
     def places(self, site):
-        last = site.num_layers
-        return sorted({round(last * k / max(1, self.num_places - 1)) for k in range(self.num_places)})
+        last = site.num_layers - 1
+        return sorted({last * k // max(1, self.num_places - 1) for k in range(self.num_places)})
 
     def init(self, site, op):
         wide, num = site.out_features, len(self.places(site))
@@ -46,7 +49,7 @@ class KAdapter(Method):
         states, heads = op.hidden(), num_heads(c["down"].shape[1], self.head_size)
         s: Any = 0.0
         for k, n in enumerate(self.places(op.site)):
-            f = states[n] + s
+            f = F.layer_norm(states[n], states[n].shape[-1:]) + s
             h = op.shift(op.expand(f, c["down"][k]), c["down_bias"][k])
             for i in range(self.num_layers):
                 h = layer(op, c, k * self.num_layers + i, h, heads)

@@ -9,8 +9,10 @@ from weft.core import Method, option
 class MoKA(Method):
     """y = W x + sum_k g_k (A_k ⊗ B_k) x,  g = softmax(gate),  A_k at most [size_k, size_k].
 
-    The sides of A_k are the largest divisors of O and I up to size_k; B_k [O / a, I / c] has the rest and starts at
-    zero. Sadeghi et al. 2025, arXiv 2508.03527.
+    The gates are one number a term, whatever x is. The sides of A_k are the largest divisors of O and I up to size_k,
+    where the paper names the shapes of every layer; B_k [O / a, I / c] has the rest and starts at zero.
+
+    Sadeghi et al. 2025, arXiv 2508.03527.
     """
 
     name = "moka"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weft.core import Method, option
+from weft.core import Frozen, Method, option
 from weft.core import generated as net
 
 
@@ -42,17 +42,19 @@ class PrototypeAdapters(Method):
         return t | net.heads(site, size, self.width, norm=False, zero=zero, bound=bound)
 
     def init(self, site, op):
-        return {"place": site.normal(self.embedding_size)}
+        last = site.ones(1) if site.index == site.count - 1 else site.zeros(1)  # where the contrastive losses count
+        return {"place": site.normal(self.embedding_size), "last": Frozen(last)}
 
     def coefficients(self, t, op):
         p = t["prototypes"] if self.task is None else t["prototypes"][self.task : self.task + 1]
-        return net.make(t, net.encode(t, p), self.width) | {k: t[k] for k in ("prototypes", *self.aside)}
+        return net.make(t, net.encode(t, p), self.width) | {k: t[k] for k in ("prototypes", "last", *self.aside)}
 
     def forward(self, c, x, op):
         which = net.picked(self, op, x, "task", self.num_tasks)
         y = op(x) + net.bottleneck(op, x, c, which, torch.relu)
-        if op.site.index < op.site.count - 1 or not (self.weight and torch.is_grad_enabled()):
+        if not (self.weight and torch.is_grad_enabled()):
             return y
         means, tasks = net.instances(x, op.positions(x), which if self.task is None else which + self.task)
         z = net.linear(c, "M", torch.relu(net.linear(c, "N", means.to(c["N"].dtype))))
-        return op.penalise(y, self.weight * net.contrast(z, tasks, c["prototypes"], self.temperature))
+        loss = net.contrast(z, tasks, c["prototypes"], self.temperature)
+        return op.penalise(y, self.weight * c["last"].sum() * loss)

@@ -17,7 +17,8 @@ class SparseAdapter(Method):
     random: any entries; magnitude: the largest of D, and any of U, whose start is zero; of each matrix a share
     1 - sparsity is left. snip: the largest |dL/dw w| of all D and U of the adapter together; synflow: those that most
     of 1^T |U| |D| 1 goes through. Both are found after `score_steps` steps: in the start every entry of D has no
-    gradient, and every one of U is zero.
+    gradient, and every one of U is zero. GraSP is left out: it wants a second backward on one batch; in the start its
+    score of U is zero, and that of D is what snip finds after one plain step of gradient descent, but for the sign.
 
     He et al. 2022, arXiv 2210.04284.
     """

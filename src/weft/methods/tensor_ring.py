@@ -13,7 +13,8 @@ class TensorRing(Method):
     """y = W T x + R x,  T[i1 ... iD, j1 ... jD] = tr(T1[i1, j1] ... TD[iD, jD]),  every Td[i, j] [r, r].
 
     R[o1 ... oD, j1 ... jD] = tr(B1[o1] ... BD[oD] A1[j1] ... AD[jD]), of rank q^2 for slices [q, q]. T starts as the
-    identity and R at zero. The slices of a core start a little apart: equal ones would get equal gradients for ever.
+    identity and R at zero (B1 is). The paper starts all slices of a core of T alike; here they start a little apart:
+    equal ones would get equal gradients for ever. Left out is its optional penalty on T's distance from the identity.
     Tao et al. 2025, arXiv 2501.08727.
     """
 
@@ -32,8 +33,9 @@ class TensorRing(Method):
             t[f"T{k}"] = link[:, None, None] * torch.eye(n).to(link)[:, :, None]  # [r, n, n, r]
         for name, size in (("A", site.in_features), ("B", site.out_features)):
             for k, n in enumerate(factors(size, self.num_cores)):
-                t[f"{name}{k}"] = site.normal(q, n, q, std=q**-0.5, salt=f"{name}{k}")
-        return {**t, "A0": t["A0"] * site.in_features**-0.5, "B0": torch.zeros_like(t["B0"])}
+                std = q**-0.5 / n if name == "A" else q**-0.5  # sqrt(written) / read where it reads n q and writes q
+                t[f"{name}{k}"] = site.normal(q, n, q, std=std, salt=f"{name}{k}")
+        return {**t, "B0": torch.zeros_like(t["B0"])}
 
     def coefficients(self, t, op):
         r, half = self.transform_rank, self.num_cores // 2

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from weft.core import option
+from weft.core import Frozen, option
 from weft.core.router import Router
 
 
@@ -51,6 +51,13 @@ class XLoRA(Router):
             made[f"b{key}"] = first.uniform(size, bound=read**-0.5, salt=key)
         return made
 
+    def own_row(self, index):
+        """Which row of the scores a site reads, where every site has one."""
+        return {"row": torch.full((), index, dtype=torch.int32)} if self.layerwise else {}
+
+    def own(self, site, op, made):
+        return {key: Frozen(row.to(site.device)) for key, row in self.own_row(site.index).items()}
+
     def route(self, t, x, op):
         z = op.hidden()[-1]
         z = z.flatten(0, 1) if x.ndim == 2 else z  # [..., C]
@@ -64,8 +71,9 @@ class XLoRA(Router):
         for i in range(self.depth - 1):
             z = op.drop(F.linear(z, t[f"M_{i}"], t[f"bM_{i}"]).relu(), self.dropout)
         every = [key for key in t if key.startswith("W_")]
-        row = op.site.index if self.layerwise else 0
-        score = F.linear(z, torch.stack([t[w][row] for w in every]), torch.stack([t[f"b{w}"][row] for w in every]))
+        row = t["row"].view(1) if self.layerwise else torch.zeros(1, dtype=torch.int32, device=z.device)
+        of = {key: t[key].index_select(0, row) for w in every for key in (w, f"b{w}")}
+        score = F.linear(z, torch.cat([of[w] for w in every]), torch.cat([of[f"b{w}"] for w in every]))
         gates = self._gates(score)[..., [every.index(f"W_{name}") for name in op.names]]
         return op.mix(x, self.scale * gates)
 

@@ -8,6 +8,7 @@ SMALL = [
     {"rank": 2, "bond": 2, "num_cores": 2},
     {"rank": 4, "bond": 3, "num_cores": 3, "alpha": 2.0},
     {"rank": 3, "bond": 2, "num_cores": 2, "form": "adapter"},
+    {"rank": 2, "bond": 2, "num_cores": 2, "growths": 3},
 ]
 
 

@@ -27,7 +27,9 @@ from weft.interop.peft import (  # noqa: F401  (each registers its families)
     tokens,
     values,
 )
+from weft.interop.peft.config import read_config
 from weft.interop.peft.family import FAMILIES
+from weft.interop.peft.mixtures import PEFT_TYPE, read_mixture
 from weft.interop.peft.place import Unwritable
 from weft.interop.peft.reading import from_peft
 from weft.interop.peft.writing import to_peft
@@ -64,4 +66,7 @@ def read(model: nn.Module, folder: Path, tensors: Mapping[str, Tensor], info: Ma
 
     tensors: the contents of its safetensors file. info: its weft.json, where it has one, for what PEFT cannot say.
     """
+    config = read_config(folder)
+    if config["peft_type"].upper() == PEFT_TYPE:
+        return read_mixture(model, folder, tensors, config)
     return from_peft(model, folder, tensors, info)

@@ -86,7 +86,7 @@ class Context(Prompt):
         "num_virtual_tokens", "cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask", "opt_weighted_loss_type",
         "opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon", "tokenizer_name_or_path",
     }  # fmt: skip
-    expressed = ("epsilon", "format_epsilon")
+    expressed = ("decay", "epsilon", "format_epsilon")
     renames = False
 
     def read_method(self, config: Config, place: Place, found: Tensors) -> Method:
@@ -94,6 +94,7 @@ class Context(Prompt):
             {
                 "init_ids": tuple(config["cpt_token_ids"]),
                 "token_types": tuple(config.get("cpt_tokens_type_mask") or (1,) * len(config["cpt_token_ids"])),
+                "decay": config.get("opt_loss_decay_factor", 1.0) if _decays(config) else 1.0,
                 "epsilon": config.get("opt_projection_epsilon", 0.1),
                 "format_epsilon": config.get("opt_projection_format_epsilon", 0.1),
             }
@@ -103,7 +104,7 @@ class Context(Prompt):
         method: Any = self.read_method(config, None, {})  # type: ignore[arg-type]  # reads no site
         found = super().split(config, places, matrix)
         for own in found.values():
-            own |= {"delta": torch.zeros_like(own["tokens"]), "bound": method.bounds(own["tokens"])}
+            own |= {"delta": torch.zeros_like(own["tokens"]), **method.told(own["tokens"], method.init_ids)}
         return found
 
     def join(self, places: Places, own: Mapping[str, Tensors], method: Any) -> Tensor:
@@ -117,6 +118,11 @@ class Context(Prompt):
         ids, types = list(method.init_ids or [0] * num), list(method.token_types or [2] * num)
         return {
             "num_virtual_tokens": num, "task_type": "CAUSAL_LM", "cpt_token_ids": ids, "cpt_mask": [1] * num,
-            "cpt_tokens_type_mask": types, "opt_projection_epsilon": method.epsilon,
+            "cpt_tokens_type_mask": types, "opt_weighted_loss_type": "decay" if method.decay < 1 else "none",
+            "opt_loss_decay_factor": method.decay, "opt_projection_epsilon": method.epsilon,
             "opt_projection_format_epsilon": method.format_epsilon,
         }  # fmt: skip
+
+
+def _decays(config: Config) -> bool:
+    return config.get("opt_weighted_loss_type", "none") == "decay"

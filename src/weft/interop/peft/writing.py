@@ -12,6 +12,7 @@ from weft.errors import nearest
 from weft.interop.peft.config import header
 from weft.interop.peft.family import FAMILIES, Family
 from weft.interop.peft.heads import followers, mirrored, write_heads
+from weft.interop.peft.mixtures import NOT_WRITTEN
 from weft.interop.peft.place import Place, Places, Unwritable
 from weft.interop.peft.tokens import EMBEDDINGS, HEADS, AdaptionPrompt, Whole
 
@@ -68,6 +69,8 @@ def _family(names: set[str]) -> Family:
     if len(names) > 1:
         raise Unwritable(f"PEFT has one method in an adapter, and this one has {', '.join(sorted(names))}")
     (name,) = names
+    if name == "xlora":
+        raise Unwritable(NOT_WRITTEN)
     if name not in known:
         raise Unwritable(f"PEFT has no method like {name!r}; {nearest(name, known)}")
     return known[name]()
