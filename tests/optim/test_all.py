@@ -25,8 +25,8 @@ from weft.optim import Setting, choices, flatten_state, held_bytes, resolve, res
 RATES = {
     "adagrad": 0.3, "adafactor": 0.1, "came": 0.01, "dadapt-adam": 1.0, "grams": 0.01, "lars": 5.0, "lamb": 0.05,
     "lion": 0.01, "lion-8bit": 0.01, "mezo": 0.01, "adazeta": 0.01, "spsa-gc": 0.01, "prodigy": 1.0, "racs": 1.0,
-    "radam": 0.2, "rmsprop": 0.01, "scaled-sgd": 0.05, "schedulefree-sgd": 0.5, "sgd": 0.05, "shampoo": 0.3,
-    "signsgd": 0.01,
+    "radam": 0.2, "riemannion": 0.3, "rmsprop": 0.01, "scaled-sgd": 0.05, "schedulefree-sgd": 0.5, "sgd": 0.05,
+    "shampoo": 0.3, "signsgd": 0.01,
     "sm3": 0.1, "tiger": 0.01, "rmsprop-8bit": 0.01, "galore": 0.1, "fira": 0.1, "apollo": 0.1,
     "natural-galore": 0.1, "laprop": 0.05, "smmf": 0.02,
 }  # fmt: skip

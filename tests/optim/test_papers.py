@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.optim.problems import choice, give_gradients, groups_of, make, make_tensors, setting_of
 from weft.errors import WeftError
-from weft.optim import Pair, Trained, ZerothOrder
+from weft.optim import Pair, Setting, Trained, ZerothOrder
 from weft.optim.own import seed_of
 from weft.optim.smmf import square_shape
 
@@ -256,8 +256,6 @@ def test_preconditioning_of_groups_and_experts_is_block_by_block():
     for d, u, pair in ((down, up, {"experts": True}), (down.flatten(0, 1), up.flatten(0, 1), {"groups": 2})):
         p, q = torch.nn.Parameter(d.clone()), torch.nn.Parameter(u.clone())
         trained = [Trained("A", p), Trained("B", q)]
-        from weft.optim import Setting
-
         optimizer = choice("scaled-sgd").make(groups_of(trained), Setting(trained, 0.1, pairs=[Pair(p, q, **pair)]))
         p.grad, q.grad = p.detach().sin(), q.detach().cos()
         optimizer.step()
@@ -277,8 +275,6 @@ def test_a_step_of_the_product_forgets_how_it_is_split():
         a = torch.nn.Parameter(c * torch.randn(3, 6, generator=draw, dtype=torch.float64))
         b = torch.nn.Parameter(torch.randn(5, 3, generator=draw, dtype=torch.float64) / c)
         trained = [Trained("A", a), Trained("B", b)]
-        from weft.optim import Setting
-
         optimizer = choice("scaled-sgd", damping=1e-12).make(groups_of(trained), Setting(trained, pairs=[Pair(a, b)]))
         before = (b @ a).detach()
         for group in optimizer.param_groups:

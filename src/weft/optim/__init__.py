@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 
 from weft.optim.choice import Choice, Groups, Pair, Setting, Trained, choices, resolve
 from weft.optim.own import Own
-from weft.optim.state import flatten_state, held_bytes, restore_state, state_bytes
+from weft.optim.state import flatten_state, held_bytes, restore_state, state_bytes, state_tensors
 from weft.optim.zeroth_order import ZerothOrder
 
 for _module in iter_modules(__path__):
@@ -27,4 +27,5 @@ __all__ = [
     "resolve",
     "restore_state",
     "state_bytes",
+    "state_tensors",
 ]

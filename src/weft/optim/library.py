@@ -103,11 +103,21 @@ class _Library(Choice):
 
 
 def _projected(group: Mapping[str, Any], options: Mapping[str, Any]) -> Groups:
-    """A group as its matrices, which are projected, and the rest, which is not."""
-    matrices = [p for p in group["params"] if p.ndim == 2]
+    """A group as its matrices, which are projected, and the rest, which is not.
+
+    A subspace is no larger than the matrix: the package would keep averages of `rank` rows even for low-rank factors
+    of 8, for which they would take more than AdamW's.
+    """
+    by_rank: dict[int, list[Any]] = {}
+    for p in group["params"]:
+        if p.ndim == 2:
+            by_rank.setdefault(min(options["rank"], *p.shape), []).append(p)
+    parts = [
+        {**group, "params": by_rank[rank], "projection_type": "std", **options, "rank": rank}
+        for rank in sorted(by_rank)
+    ]
     rest = [p for p in group["params"] if p.ndim != 2]
-    parts = [{**group, "params": matrices, "projection_type": "std", **options}, {**group, "params": rest}]
-    return [part for part in parts if part["params"]]
+    return [*parts, *([{**group, "params": rest}] if rest else [])]
 
 
 def _class(kind: str) -> Any:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from weft.optim.choice import Choice, Groups, Setting
 from weft.optim.own import Own
 
-__all__ = ["flatten_state", "held_bytes", "restore_state", "state_bytes"]
+__all__ = ["flatten_state", "held_bytes", "restore_state", "state_bytes", "state_tensors"]
 
 _OBJECTS = {"GaLoreProjector": "pytorch_optimizer.optimizer.utils.galore"}
 """Classes of other packages that stand in a state, with the module that has them."""
@@ -77,10 +77,15 @@ def held_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in an optimiser's state, each counted once."""
     found: dict[int, Tensor] = {}
     for state in optimizer.state.values():
-        tensors: dict[str, Tensor] = {}
-        _write("", dict(state), tensors, {})
-        found.update({id(t): t for t in tensors.values()})
+        found.update({id(t): t for t in state_tensors(state)})
     return sum(t.numel() * t.element_size() for t in found.values())
+
+
+def state_tensors(state: Mapping[str, Any]) -> list[Tensor]:
+    """Every tensor in what an optimiser keeps for one parameter, in lists and objects too."""
+    found: dict[str, Tensor] = {}
+    _write("", dict(state), found, {})
+    return list(found.values())
 
 
 def state_bytes(choice: Choice, groups: Groups, setting: Setting) -> int:
@@ -176,6 +181,6 @@ def _read(
         return parts
     from importlib import import_module
 
-    made = object.__new__(getattr(import_module(_OBJECTS[kind]), kind))
-    vars(made).update(parts)
-    return made
+    whole = object.__new__(getattr(import_module(_OBJECTS[kind]), kind))
+    vars(whole).update(parts)
+    return whole
