@@ -2,8 +2,10 @@
 
 Each truth is measured in a process of its own, and nothing of the forecast was fitted to any of them. Run it alone on a
 quiet machine: `python -m benchmarks.forecast [--memory-only] [--rows FILE] [NUMBER...]`; it takes the time of 60
-processes. With --rows every configuration is written to the file as soon as it is known, with its error where it
-failed, and those that the file holds already are not measured again.
+processes. A time is also judged at the machine's speed at that moment: every truth measures the calibration's own step
+too, because a shared machine is a fifth faster or slower from one minute to the next. With --rows every configuration
+is written to the file as soon as it is known, with its error where it failed, and those that the file holds already are
+not measured again.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,12 @@ def truth(settings: dict[str, Any], *, memory_only: bool) -> dict[str, float]:
             train_step(learner, parts, train, rate=1e-6, step=1)
             times.append(time.perf_counter() - started)
     # of the first steps: how long they take beside the forecast of the very same ones
-    return {"memory": highest.bytes(), "seconds": sum(times[1:]), "busy": meter.load().share}
+    found = {"memory": highest.bytes(), "seconds": sum(times[1:]), "busy": meter.load().share}
+    if not memory_only:
+        from weft.tune.calibrate import reference_seconds
+
+        found["reference"] = reference_seconds(session.device)
+    return found
 
 
 def forecast(settings: dict[str, Any], *, memory_only: bool) -> dict[str, float]:
@@ -139,6 +146,7 @@ def forecast(settings: dict[str, Any], *, memory_only: bool) -> dict[str, float]
 
     from weft.recipe import Recipe
     from weft.tune.ahead import foresee_memory, foresee_steps, sampled
+    from weft.tune.calibrate import calibrated
 
     torch.set_num_threads(THREADS)
     recipe = Recipe.model_validate(settings)
@@ -146,7 +154,18 @@ def forecast(settings: dict[str, Any], *, memory_only: bool) -> dict[str, float]
         tokenizer, splits, _ = sampled(recipe)
         return {"memory": foresee_memory(recipe, tokenizer, splits).total}
     memory, seconds = foresee_steps(recipe, STEPS)
-    return {"memory": memory, "seconds": seconds}
+    return {"memory": memory, "seconds": seconds, "reference": calibrated(torch.device("cpu")).reference_seconds}
+
+
+def calibrate(settings: dict[str, Any], *, memory_only: bool) -> dict[str, Any]:  # noqa: ARG001
+    """Measure this machine for every forecast that follows, and say what was in the way."""
+    import torch
+
+    from weft.tune.calibrate import calibrated
+
+    torch.set_num_threads(THREADS)
+    rates = calibrated(torch.device("cpu"), recalibrate=True)
+    return {"call_seconds": rates.call_seconds, "scale": rates.scale, "busy": rates.busy}
 
 
 def compare(
@@ -159,6 +178,8 @@ def compare(
         folder = Path(name)
         _make_bases(folder)
         os.environ["WEFT_CACHE"] = str(folder / "cache")
+        if not memory_only:  # once, before any configuration, and alone
+            print(f"machine: {_child('calibrate', '{}')}", flush=True)
         for number, (title, settings) in enumerate(configurations(folder)):
             if chosen and number not in chosen:
                 continue
@@ -177,36 +198,62 @@ def run() -> list[Claim]:
     every = compare()
     rows = [row for row in every if "error" not in row]
     failed = "".join(f"; failed: {row['name']} ({row['error']})" for row in every if "error" in row)
+    drift = "; by the calibration's own step, measured with each"
     claims = []
-    for key, name, median, worst in (("memory", "peak memory", 0.04, 0.12), ("seconds", "time of a step", 0.10, 0.30)):
-        errors = sorted(abs(row["forecast"][key] / row["truth"][key] - 1) for row in rows)
-        low, middle, high = statistics.quantiles(errors, n=4)
-        detail = f"{len(rows)} configurations{failed}"
-        claims.append(Claim(f"{name}: median error of the forecast", middle, low, high, median, detail))
-        claims.append(Claim(f"{name}: worst error of the forecast", errors[-1], low, high, worst, detail))
+    for name, median, worst, of, said in (
+        ("peak memory", 0.04, 0.12, [_off(row, "memory") for row in rows], ""),
+        ("time of a step", 0.10, 0.30, [_off(row, "seconds") for row in rows], ""),
+        ("time of a step at the machine's speed then", 0.10, 0.30, _offs_then(rows), drift),
+    ):
+        if len(of) > 1:
+            errors = sorted(map(abs, of))
+            low, middle, high = statistics.quantiles(errors, n=4)
+            detail = f"{len(of)} configurations{failed}{said}"
+            claims.append(Claim(f"{name}: median error of the forecast", middle, low, high, median, detail))
+            claims.append(Claim(f"{name}: worst error of the forecast", errors[-1], low, high, worst, detail))
     return claims
+
+
+def _off(row: dict[str, Any], key: str) -> float:
+    return float(row["forecast"][key] / row["truth"][key] - 1)
+
+
+def _off_then(row: dict[str, Any]) -> float | None:
+    """The error of a time where the machine is as fast as when it was calibrated: by a step measured both times."""
+    then, now = row["forecast"].get("reference"), row["truth"].get("reference")
+    return (1 + _off(row, "seconds")) * now / then - 1 if then and now else None
+
+
+def _offs_then(rows: list[dict[str, Any]]) -> list[float]:
+    return [off for off in map(_off_then, rows) if off is not None]
 
 
 def _both(settings: dict[str, Any], memory_only: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(THREADS)}
     for what in ("truth", "forecast"):
-        command = [sys.executable, "-m", "benchmarks.forecast", f"--{what}"]
-        try:
-            done = subprocess.run(
-                [*command, "--memory-only"] if memory_only else command, input=json.dumps(settings), text=True,
-                capture_output=True, env=environment, check=False, timeout=LONGEST_SECONDS,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return {"error": f"{what}: it took more than {LONGEST_SECONDS} s"}
-        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["it said nothing"]
-        if done.returncode:
-            return {"error": f"{what}: exit code {done.returncode}: {lines[-1]}"}
-        try:
-            found[what] = json.loads(lines[-1])
-        except json.JSONDecodeError:
-            return {"error": f"{what}: no figures in {lines[-1]!r}"}
+        found[what] = _child(what, json.dumps(settings), *(["--memory-only"] if memory_only else []))
+        if "error" in found[what]:
+            return {"error": f"{what}: {found[what]['error']}"}
     return found
+
+
+def _child(what: str, settings: str, *options: str) -> dict[str, Any]:
+    """What a process of its own finds, or its error."""
+    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(THREADS)}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.forecast", f"--{what}", *options], input=settings, text=True,
+            capture_output=True, env=environment, check=False, timeout=LONGEST_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": f"it took more than {LONGEST_SECONDS} s"}
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["it said nothing"]
+    if done.returncode:
+        return {"error": f"exit code {done.returncode}: {lines[-1]}"}
+    try:
+        return json.loads(lines[-1])  # type: ignore[no-any-return]
+    except json.JSONDecodeError:
+        return {"error": f"no figures in {lines[-1]!r}"}
 
 
 def _read(rows: Path | None) -> list[dict[str, Any]]:
@@ -226,7 +273,9 @@ def _percent(row: dict[str, Any], key: str) -> str:
     told, real = row["forecast"][key], row["truth"][key]
     busy = row["truth"]["busy"]
     disturbed = f", while others took {busy:.0%}" if key == "seconds" and busy > 0.05 else ""
-    return f"{told / unit:8.2f} for {real / unit:8.2f} {name} ({told / real - 1:+.1%}{disturbed})"
+    then = _off_then(row) if key == "seconds" else None
+    shown = f"{told / real - 1:+.1%}" + ("" if then is None else f", {then:+.1%} at the machine's speed then")
+    return f"{told / unit:8.2f} for {real / unit:8.2f} {name} ({shown}{disturbed})"
 
 
 def _make_bases(folder: Path) -> None:
@@ -244,8 +293,10 @@ def _make_bases(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["--truth"], ["--forecast"]):
-        side = truth if sys.argv[1] == "--truth" else forecast
+    sides: dict[str, Callable[..., dict[str, Any]]] = {
+        "--truth": truth, "--forecast": forecast, "--calibrate": calibrate,
+    }  # fmt: skip
+    if side := sides.get("".join(sys.argv[1:2])):
         print(json.dumps(side(json.load(sys.stdin), memory_only="--memory-only" in sys.argv)))
     else:
         parser = argparse.ArgumentParser(description=__doc__)
@@ -255,6 +306,11 @@ if __name__ == "__main__":
         asked = parser.parse_args()
         found = compare(memory_only=asked.memory_only, chosen=asked.numbers or None, rows=asked.rows)
         for what in ("memory",) if asked.memory_only else ("memory", "seconds"):
-            off = sorted(abs(r["forecast"][what] / r["truth"][what] - 1) for r in found if "error" not in r)
-            if off:
-                print(f"{what}: median {statistics.median(off):.1%}, worst {off[-1]:.1%} of {len(off)}")
+            told = [r for r in found if "error" not in r]
+            named = {what: [_off(r, what) for r in told]}
+            if what == "seconds":
+                named["seconds at the machine's speed then"] = _offs_then(told)
+            for name, off in named.items():
+                if off:
+                    worst = max(map(abs, off))
+                    print(f"{name}: median {statistics.median(map(abs, off)):.1%}, worst {worst:.1%} of {len(off)}")

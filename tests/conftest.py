@@ -75,6 +75,23 @@ def no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def known_machine() -> None:
+    """Rates of some machine in the cache, where `weft plan` looks: no test but calibration's own measures this one."""
+    from dataclasses import asdict
+
+    from weft.plan.cache import write_json
+    from weft.plan.calibration import CLASSES, Rates, machine_key
+
+    matmul = {dtype: [[512, 512, 512, 5e-3]] for dtype in ("float32", "bfloat16")}
+    passes = {name: [[1e4, 5e-6], [1e8, 5e-2]] for name in CLASSES}
+    rates = asdict(Rates(matmul, passes, 2e-5, reference_seconds=1.0, measured="2026-01-01T00:00:00+00:00"))
+    rates.pop("notes")
+    key = machine_key(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here = f"{torch.get_num_threads()} threads"
+    write_json("machine.json", {key.replace(here, f"{n} threads"): rates for n in (1, 2, 3, 4)})
+
+
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """Every test starts from the same random states, whichever ran before it."""

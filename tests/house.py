@@ -18,7 +18,7 @@ FOLDERS = ("src/weft", "tests", "scripts", "benchmarks", "examples")
 # Imports point down this list, never up. "weft" is the package's own front: the command line may use the public names.
 ROOMS = (
     *("__main__", "cli", "weft", "serve", "store", "compare"),
-    *("merged", "joined", "combined", "searching", "coefficients", "compressed", "extracting"),
+    *("merged", "joined", "combined", "searching", "coefficients", "own_data", "compressed", "extracting"),
     *("tune", "report", "plan", "merging"),
     *("gate", "parity", "capabilities", "checks", "objectives", "data", "cost", "generation", "diagnosis", "reopen"),
     *("checkpoints", "base", "classifier", "optim", "conflict", "library"),
@@ -26,7 +26,7 @@ ROOMS = (
     "combine",
     *("reshape", "adaptive", "joining", "changing", "interop", "adapter", "attach", "conditions", "fresh", "calibrate"),
     *("compress", "targets", "patterns", "quantise", "kinds", "recipe", "registry", "methods", "routers", "core"),
-    *("segments", "files", "borrowed"),
+    *("segments", "files", "borrowed", "units", "collector"),
     "errors",
 )
 ANYWHERE = {"weft.__version__"}  # a constant, bound before anything is imported

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from weft.plan import fit
-from weft.plan.calibration import Rates
+from weft.plan.calibration import CLASSES, Rates
 from weft.recipe import load_recipe
 from weft.tune import ahead
 
-CLASSES = ("add", "silu", "sum", "softmax", "attention", "attention_backward")
 RATES = Rates(
     matmul={d: [[512, 512, 512, 0.01]] for d in ("float32", "bfloat16")},
     passes={name: [[1e4, 1e-5], [1e8, 1e-1]] for name in CLASSES},

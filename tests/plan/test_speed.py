@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,16 +14,13 @@ from weft.plan.trace import Call
 
 RATES = Rates(
     matmul={d: [[64, 64, 64, 64**3 * 1e-9], [512, 512, 512, 512**3 * 1e-9]] for d in ("float32", "bfloat16")},
-    passes={
-        name: [[1e3, 1e-6], [1e6, 1e-3]]
-        for name in ("add", "silu", "sum", "softmax", "attention", "attention_backward")
-    },
+    passes={name: [[1e3, 1e-6], [1e6, 1e-3]] for name in calibration.CLASSES},
     call_seconds=1e-6,
 )
 
 
-def call(name, *inputs, out=(), views=False) -> Call:
-    return Call(f"aten::{name}", tuple((tuple(s), 4) for s in inputs), tuple((tuple(s), 4) for s in out), views)
+def call(name, *inputs, out=(), views=False, new=0) -> Call:
+    return Call(f"aten::{name}", tuple((tuple(s), 4) for s in inputs), tuple((tuple(s), 4) for s in out), views, new)
 
 
 def test_products_are_counted() -> None:
@@ -41,8 +40,32 @@ def test_a_product_takes_its_work_at_the_rate() -> None:
 def test_a_pass_takes_its_bytes_and_a_view_nothing() -> None:
     small = seconds_of(call("add.Tensor", (2**12,), out=[(2**12,)]), RATES)
     large = seconds_of(call("add.Tensor", (2**16,), out=[(2**16,)]), RATES)
-    assert large == pytest.approx(16 * small, rel=1e-6)
+    assert large - RATES.call_seconds == pytest.approx(16 * (small - RATES.call_seconds), rel=1e-6)
     assert seconds_of(call("t.default", (2**16,), out=[(2**16,)], views=True), RATES) < small
+
+
+@pytest.mark.parametrize("name", ["_fft_r2c.default", "_fft_c2r.default", "_fft_c2c.default"])
+def test_a_fourier_transform_has_a_rate_of_its_own(name) -> None:
+    passes = {**RATES.passes, "fft": [[1e3, 1e-5], [1e6, 1e-2]]}
+    took = seconds_of(call(name, (2**12,), out=[(2**12,)]), replace(RATES, passes=passes))
+    assert took == pytest.approx(2**15 * 1e-8 + 1e-6, rel=1e-6)
+
+
+def test_memory_that_is_taken_anew_costs_its_pages() -> None:
+    """In place, or into what a call made empty before, the same work takes less."""
+    there = call("mul_.Tensor", (2**12,), (2**12,), out=[(2**12,)])
+    anew = call("mul.Tensor", (2**12,), (2**12,), out=[(2**12,)], new=2**14)
+    pages = 2**14 * 1e-9
+    assert seconds_of(anew, RATES) - seconds_of(there, RATES) == pytest.approx(pages, rel=1e-6)
+    product = seconds_of(call("mm.default", (64, 64), (64, 64), new=2**14), RATES)
+    assert product == pytest.approx(64**3 * 1e-9 + 1e-6 + pages, rel=1e-6)
+    empty = call("empty.memory_format", out=[(2**12,)], new=2**14)
+    assert seconds_of(empty, RATES) == pytest.approx(0.5e-6 + pages, rel=1e-6)
+
+
+def test_scale_is_of_the_work_and_not_of_the_overhead() -> None:
+    product = call("mm.default", (64, 64), (64, 64))
+    assert seconds_of(product, replace(RATES, scale=3.0)) == pytest.approx(3 * 64**3 * 1e-9 + 1e-6, rel=1e-6)
 
 
 def test_measuring_gives_rates_that_grow_with_the_work(monkeypatch) -> None:

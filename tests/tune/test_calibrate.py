@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from weft.plan.cache import append_record, read_json
-from weft.plan.calibration import Rates, machine_key
+from weft.plan.calibration import CLASSES, Rates, machine_key
 from weft.plan.load import Load
+from weft.plan.speed import step_seconds
+from weft.plan.trace import Call, Trace
 from weft.tune import calibrate
-from weft.tune.calibrate import calibrated, settled_seconds
+from weft.tune.calibrate import _solved, calibrated, settled_seconds
 
 CPU = torch.device("cpu")
 QUIET, BUSY = Load(others=0.0, cores=2, threads=2), Load(others=1.0, cores=2, threads=2)
 
 
 def rates(seconds: float) -> Rates:
-    classes = ("add", "silu", "sum", "softmax", "attention", "attention_backward")
     matmul = {d: [[64, 64, 64, seconds]] for d in ("float32", "bfloat16")}
-    return Rates(matmul, {c: [[1e3, seconds]] for c in classes}, seconds)
+    return Rates(matmul, {c: [[1e3, seconds]] for c in CLASSES}, seconds)
 
 
 class Machine:
@@ -111,6 +112,32 @@ def test_rates_of_another_version_are_measured_again(machine: Machine) -> None:
 def test_steps_that_were_disturbed_do_not_count() -> None:
     assert settled_seconds([(1.0, 0.99), (1.1, 1.09), (1.2, 1.19), (5.0, 1.3)]) == pytest.approx(1.1)
     assert settled_seconds([(5.0, 1.3), (4.0, 1.2), (3.0, 1.4)]) == pytest.approx(1.2)
+
+
+def test_two_steps_tell_overhead_from_work() -> None:
+    """Both come out as they were put in, whatever the two steps have of each."""
+    known = rates(1e-9)
+    passes = {name: [[1e3, 1e-6], [1e9, 1.0]] for name in known.passes}
+    known = replace(known, passes=passes, call_seconds=1e-9)
+    small, large = (traced_calls(n) for n in (10**3, 10**7))
+
+    def real(trace: Trace) -> float:
+        return step_seconds(trace, {}, replace(known, call_seconds=3e-5, scale=1.25))[0]
+
+    found = _solved(known, (real(small), small, {}), (real(large), large, {}))
+    assert (found.call_seconds, found.scale) == (pytest.approx(3e-5), pytest.approx(1.25))
+    assert found.reference_seconds == real(large)
+    disturbed = _solved(known, (real(large), small, {}), (real(small), large, {}))
+    assert disturbed.call_seconds > 0
+    assert disturbed.scale > 0
+
+
+def traced_calls(size: int) -> Trace:
+    found = Trace()
+    shape = ((size,), 4)
+    found.calls[Call("aten::mul.Tensor", (shape, shape), (shape,), False), None, False] = 7
+    found.calls[Call("aten::t.default", (shape,), (shape,), True), None, False] = 4
+    return found
 
 
 def test_the_faster_of_two_measurements_counts() -> None:

@@ -63,7 +63,8 @@ def test_accumulation_is_exact_for_uneven_rows_and_across_epochs(tiny, tmp_path,
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.gradient_norm == pytest.approx(b.gradient_norm, rel=1e-4)
     for p, q in zip(parameters(whole.model), parameters(parts.model), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+        # where a gradient is next to nothing, Adam's step is its rounding
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
 def test_training_learns_and_leaves_the_base_alone(tiny, tmp_path):

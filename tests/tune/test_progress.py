@@ -9,9 +9,9 @@ from rich.console import Console
 
 from tests.tune import runs
 from weft.tune.log import JsonLines, cut_log, read_log
-from weft.tune.machine import readable_bytes
-from weft.tune.progress import Progress, readable_seconds
+from weft.tune.progress import Progress
 from weft.tune.session import prepare, ranges, short_plan
+from weft.units import readable_bytes, readable_seconds
 
 
 def show(console: Console) -> str:
@@ -38,7 +38,7 @@ def test_a_bar_on_a_terminal():
 
 def test_units():
     assert [readable_bytes(n) for n in (5, 2048, 3 * 2**20, 2**40)] == ["5 B", "2.0 KiB", "3.0 MiB", "1024.0 GiB"]
-    assert [readable_seconds(n) for n in (0.4, 61, 3725)] == ["0 s", "1 min 01 s", "1 h 02 min"]
+    assert [readable_seconds(n) for n in (0.4, 12, 61, 3725)] == ["0.4 s", "12 s", "1 min 01 s", "1 h 02 min"]
 
 
 def test_a_log_cut_short_is_read_and_cut_to_a_step(tmp_path):

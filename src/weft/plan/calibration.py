@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ["MATMULS", "Rates", "machine_key", "measure"]
+__all__ = ["CLASSES", "MATMULS", "Rates", "attention_class", "machine_key", "measure"]
 
-_VERSION = 2  # of what is measured
+_VERSION = 3  # of what is measured
 
 # (M, K, N): the shapes of layers, of their thin adapters, and of the gradients of both
 MATMULS = (
@@ -23,15 +23,23 @@ MATMULS = (
 )  # fmt: skip
 _BATCHED = ((64, 4, 64, 64), (8, 256, 64, 256), (8, 256, 256, 64))
 _SIZES = (2**12, 2**15, 2**18, 2**20, 2**22, 2**24)  # elements
-_CLASSES = ("add", "silu", "sum", "softmax", "attention", "attention_backward")
-_ATTENTION = ((1, 4, 256, 64), (4, 4, 256, 64), (1, 8, 768, 64))
+_PASSES = ("add", "silu", "sum", "softmax", "fft")
+CLASSES = (
+    *_PASSES, "attention", "attention_backward", "attention_bfloat16", "attention_backward_bfloat16", "new",
+)  # fmt: skip
+"""What `Rates.passes` has a rate for."""
+_WAVE, _LARGEST_FFT = 512, 2**20  # elements of one transform, of all: the time is in proportion to these
+_ATTENTION = ((1, 4, 32, 64), (1, 4, 128, 64), (1, 4, 256, 64), (4, 4, 256, 64), (1, 8, 768, 64))
+_NEW_SIZES = (2**14, 2**17, 2**20, 2**23, 2**26)  # bytes
+_HELD_BYTES, _MOST_HELD = 2**24, 16  # of new memory at a time, so that no hole of the heap is used again and again
 
 
 @dataclass(frozen=True)
 class Rates:
     """Seconds of single operations. matmul: {dtype: [[M, K, N, seconds], ...]}; the rest: {class: [[size, seconds]]}.
 
-    call_seconds: what any operation costs beside its work. scale: what a whole step takes beyond its operations.
+    All write where something was before; "new" is what memory costs that is taken anew. call_seconds: what any
+    operation costs beside its work. scale: by how much its work takes longer within a whole step.
     reference_seconds: of a real step, by which the rates of two days can be compared. busy: what other processes did
     meanwhile, where that matters. measured: when. notes: what a user should know of it.
     """
@@ -82,30 +90,60 @@ def _matmuls(device: torch.device, dtype: torch.dtype, clock: Callable[..., floa
     found = []
     for m, k, n in MATMULS:
         a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
-        found.append([m, k, n, clock(lambda a=a, b=b: F.linear(a, b))])
+        out = torch.empty(m, n, device=device, dtype=dtype)
+        found.append([m, k, n, clock(lambda a=a, b=b, o=out: torch.mm(a, b.mT, out=o))])
     return found
 
 
 def _passes(device: torch.device, clock: Callable[..., float]) -> dict[str, list[list[float]]]:
     """By class: [bytes moved (or multiply-adds), seconds]."""
-    found: dict[str, list[list[float]]] = {name: [] for name in _CLASSES}
+    found: dict[str, list[list[float]]] = {name: [] for name in _PASSES}
     for size in _SIZES:
         x = torch.randn(size // 64, 64, device=device)
-        found["add"].append([12 * size, clock(lambda x=x: x * x)])
-        found["silu"].append([8 * size, clock(lambda x=x: F.silu(x))])
-        found["sum"].append([4 * size, clock(lambda x=x: x.mean(-1))])
-        found["softmax"].append([8 * size, clock(lambda x=x: x.log_softmax(-1))])
-    for b, h, t, d in _ATTENTION:
-        q, k, v = (torch.randn(b, h, t, d, device=device, requires_grad=True) for _ in range(3))
+        y, few = torch.empty_like(x), torch.empty(size // 64, device=device)
+        found["add"].append([12 * size, clock(lambda x=x, y=y: torch.mul(x, x, out=y))])
+        found["silu"].append([8 * size, clock(lambda x=x, y=y: torch.ops.aten.silu.out(x, out=y))])
+        found["sum"].append([4 * size, clock(lambda x=x, y=few: torch.mean(x, -1, out=y))])
+        found["softmax"].append([8 * size, clock(lambda x=x, y=y: torch.log_softmax(x, -1, out=y))])
+        if size <= _LARGEST_FFT:
+            waves, y = torch.fft.rfft(x.view(-1, _WAVE)), y.view(-1, _WAVE)
+            moved = 8 * waves.numel() + 4 * size
+            found["fft"].append([moved, clock(lambda w=waves, y=y: torch.fft.irfft(w, n=_WAVE, out=y))])
+    found["new"] = [[size, _new(size, device, clock)] for size in _NEW_SIZES]
+    # without instructions for bfloat16 its backward takes ten times as long: sizes that say so in moments
+    for dtype, sizes in ((torch.float32, _ATTENTION), (torch.bfloat16, _ATTENTION[:3])):
+        found |= _attention(device, dtype, sizes, clock)
+    return found
+
+
+def attention_class(dtype_bytes: int, *, backward: bool) -> str:
+    """The class of an attention by the bytes of its numbers."""
+    return f"attention{'_backward' if backward else ''}{'' if dtype_bytes >= 4 else '_bfloat16'}"
+
+
+def _attention(
+    device: torch.device, dtype: torch.dtype, sizes: Sequence[tuple[int, int, int, int]], clock: Callable[..., float]
+) -> dict[str, list[list[float]]]:
+    found: dict[str, list[list[float]]] = {attention_class(dtype.itemsize, backward=back): [] for back in (False, True)}
+    forward, backward = found.values()
+    for b, h, t, d in sizes:
+        q, k, v = (torch.randn(b, h, t, d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         work = float(b * h * t * t * d)
         with torch.no_grad():
-            forward = clock(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v))
+            forward.append([work, clock(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v))])
         out = F.scaled_dot_product_attention(q, k, v)
         grad = torch.randn_like(out)
-        backward = clock(lambda o=out, q=q, k=k, v=v, g=grad: torch.autograd.grad(o, (q, k, v), g, retain_graph=True))
-        found["attention"].append([work, forward])
-        found["attention_backward"].append([work, backward])
+        took = clock(lambda o=out, q=q, k=k, v=v, g=grad: torch.autograd.grad(o, (q, k, v), g, retain_graph=True))
+        backward.append([work, took])
     return found
+
+
+def _new(size: int, device: torch.device, clock: Callable[..., float]) -> float:
+    """Seconds that a piece of memory of so many bytes costs beyond the writing to it."""
+    count = max(1, min(_MOST_HELD, _HELD_BYTES // size))
+    held = torch.empty(size // 4, device=device)
+    both = clock(lambda: [torch.empty(size // 4, device=device).fill_(0.0) for _ in range(count)]) / count
+    return max(both - clock(lambda: held.fill_(0.0)), 1e-9)
 
 
 def _fastest(run: Callable[[], Any], device: torch.device, seconds: float) -> float:

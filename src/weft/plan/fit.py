@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import WeftError
-from weft.plan.forecast import Forecast, readable_bytes, readable_seconds
+from weft.plan.forecast import Forecast
 from weft.recipe import Recipe
+from weft.units import readable_bytes, readable_seconds
 
 __all__ = ["Changed", "Limits", "changes", "find_fit", "parse_seconds", "with_keys"]
 

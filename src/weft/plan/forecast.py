@@ -7,8 +7,9 @@ from typing import Any
 
 from weft.plan.history import Correction
 from weft.plan.memory import Memory
+from weft.units import readable_bytes, readable_seconds
 
-__all__ = ["NAMES", "Forecast", "readable_bytes", "readable_seconds"]
+__all__ = ["NAMES", "Forecast"]
 
 NAMES = {
     "weights": "base weights", "adapters": "adapter", "gradients": "gradients", "optimizer": "optimiser",
@@ -77,22 +78,3 @@ class Forecast:
             more.append(("cost", f"{self.cost:,.2f}"))
         lines += [f"  {name:<20}{value}" for name, value in more]
         return "\n".join([*lines, f"  {self.correction}", *(f"  {note}" for note in self.notes)])
-
-
-def readable_bytes(count: float) -> str:
-    """A count of bytes with a unit: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("the last unit has no limit")
-
-
-def readable_seconds(seconds: float) -> str:
-    """A duration: 4.2 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

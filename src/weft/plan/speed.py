@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from itertools import pairwise
 from math import prod
 
-from weft.plan.calibration import Rates
+from weft.plan.calibration import Rates, attention_class
 from weft.plan.trace import Call, Trace
 
-__all__ = ["flops", "multiply_adds", "num_calls", "seconds_of", "step_seconds"]
+__all__ = ["flops", "multiply_adds", "seconds_of", "step_seconds"]
 
 _MATMULS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "matmul": 0, "linear": 0}
 _ELEMENTWISE = ("exp", "silu", "gelu", "sigmoid", "tanh", "pow", "rsqrt", "sin", "cos", "erf", "dropout", "bernoulli")
@@ -29,12 +29,7 @@ def step_seconds(trace: Trace, extra: Mapping[int, int], rates: Rates) -> tuple[
         if call not in known:
             known[call] = seconds_of(call, rates)
         totals[update] += known[call] * count * _copies(layer, extra)
-    return rates.scale * (totals[False] + totals[True]), rates.scale * totals[True]
-
-
-def num_calls(trace: Trace, extra: Mapping[int, int]) -> int:
-    """How many operations a step makes."""
-    return sum(count * _copies(layer, extra) for (_, layer, _), count in trace.calls.items())
+    return totals[False] + totals[True], totals[True]
 
 
 def flops(trace: Trace, extra: Mapping[int, int]) -> int:
@@ -61,24 +56,31 @@ def multiply_adds(call: Call) -> int:
 
 
 def seconds_of(call: Call, rates: Rates) -> float:
-    """Seconds of one operation."""
+    """Seconds of one operation: what any call costs, its work, and the pages of memory that it takes anew."""
     name = _short(call.name)
-    if call.views or name in _FREE:
-        return rates.call_seconds * 0.5
+    if call.views or name in _FREE:  # what is made empty is paid for here, though a later call touches it first
+        return 0.5 * rates.call_seconds + rates.scale * _new_seconds(call, rates)
+    if "attention" in name:  # measured with its results
+        size = next(size for shape, size in call.inputs if len(shape) == 4)
+        kind = attention_class(size, backward="backward" in name)
+        return rates.call_seconds + rates.scale * _at(rates.passes[kind], _attention_work(call))
     if name in _MATMULS:
-        return rates.call_seconds + _matmul_seconds(call, _MATMULS[name], rates)
-    if "attention" in name:
-        kind = "attention_backward" if "backward" in name else "attention"
-        return rates.call_seconds + _at(rates.passes[kind], _attention_work(call))
-    moved = sum(prod(shape) * size for shape, size in (*call.inputs, *call.outputs))
-    if not moved:
-        return rates.call_seconds
-    return max(rates.call_seconds, _at(rates.passes[_kind(name)], moved))
+        work = _matmul_seconds(call, _MATMULS[name], rates)
+    else:
+        moved = sum(prod(shape) * size for shape, size in (*call.inputs, *call.outputs))
+        work = _at(rates.passes[_kind(name)], moved) if moved else 0.0
+    return rates.call_seconds + rates.scale * (work + _new_seconds(call, rates))
+
+
+def _new_seconds(call: Call, rates: Rates) -> float:
+    """A C library hands large pieces back to the system, which clears every page that it gives again."""
+    return _at(rates.passes["new"], call.new_bytes) if call.new_bytes else 0.0
 
 
 def _kind(name: str) -> str:
-    if "softmax" in name:
-        return "softmax"
+    for kind in ("softmax", "fft"):
+        if kind in name:
+            return kind
     if any(name.startswith(word) for word in _ELEMENTWISE):
         return "silu"
     return "sum" if name in _REDUCING else "add"

@@ -48,12 +48,13 @@ Shape = tuple[tuple[int, ...], int]
 
 @dataclass(frozen=True)
 class Call:
-    """One operation by its shapes; alike ones are counted together."""
+    """One operation by its shapes; alike ones are counted together. new_bytes: of memory that it takes."""
 
     name: str
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
     views: bool
+    new_bytes: int = 0
 
 
 @dataclass
@@ -217,8 +218,9 @@ class _Recorder(TorchDispatchMode):
             if isinstance(tensor, FakeTensor):
                 own = layer if len(outputs) == 1 or trace.phase.layer is not None else _at(trace, inputs, i, layer)
                 trace.keep(tensor, "", own)
+        new = sum(trace.stored[index].size for sign, index, _ in trace.events[before:] if sign > 0)
         views = len(trace.events) == before and not func._schema.is_mutable
-        signature = Call(func.name(), tuple(map(_shape, inputs)), tuple(map(_shape, outputs)), views)
+        signature = Call(func.name(), tuple(map(_shape, inputs)), tuple(map(_shape, outputs)), views, new)
         trace.calls[signature, layer, trace.phase.name == "update"] += 1
 
 
@@ -235,10 +237,11 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _answer(number: Tensor) -> float | int | bool:
-    """What code that looks at a number is told: a finite value, nothing found, and yes."""
+    """What code that looks at a number is told: a value that can be divided by, also as 1 - value, nothing found, and
+    yes."""
     if number.dtype == torch.bool:
         return True
-    return 1.0 if number.is_floating_point() else 0
+    return 0.5 if number.is_floating_point() else 0
 
 
 def _at(trace: Trace, inputs: list[Tensor], index: int, default: int | None) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from statistics import median
@@ -14,29 +14,33 @@ import torch
 
 from weft.attach import attach_plan, use
 from weft.base import load_base
-from weft.data import IGNORED, Dataset, Example, Splits
+from weft.data import IGNORED, Batch, Dataset, Example, Splits
 from weft.data.detect import Layout
 from weft.data.lint import LintReport
 from weft.plan.cache import read_json, read_records, write_json
 from weft.plan.calibration import Rates, machine_key, measure
 from weft.plan.history import doubt
 from weft.plan.load import LoadMeter
-from weft.plan.speed import num_calls, step_seconds
+from weft.plan.speed import step_seconds
+from weft.plan.trace import Trace
 from weft.recipe import Recipe
 from weft.targets import resolve
 from weft.tune.evaluate import pad_token
 from weft.tune.learn import leave, make_learner, without_cache
 from weft.tune.parts import micro_batches
 from weft.tune.session import Session
-from weft.tune.skeleton import skeleton
+from weft.tune.skeleton import Skeleton, skeleton
 from weft.tune.step import train_step
 from weft.tune.tasks import TASKS
 
-__all__ = ["calibrated", "settled_seconds"]
+__all__ = ["calibrated", "reference_seconds", "settled_seconds"]
 
 _FILE = "machine.json"
 _SMALL, _LARGE = (1, 8), (2, 384)  # rows and tokens of a step that is all overhead, and of one that is all work
+_LEAST_SCALE = 0.2  # where disturbed steps would say less
 
+Step = tuple[float, Trace, Mapping[int, int]]
+"""The real seconds of a step, its trace, and how many more layers a traced one stands for."""
 
 _BUSY = 0.05  # share of the time: more, and what was measured is not kept as if the machine had been quiet
 _LOOK_SECONDS = 0.2
@@ -104,6 +108,22 @@ def _busy_now() -> bool:
 
 def _proved(rates: Rates, device: torch.device) -> Rates:
     """The rates with the overhead of a call, and then the scale of a whole step, as real steps show them."""
+    session, bones = _reference(device)
+    found = []
+    for shape in (_SMALL, _LARGE):
+        batch = _batch(session, shape)
+        found.append((_real_seconds(session, batch), bones.trace(batch, held=False), bones.depth.extra))
+    return _solved(rates, *found)
+
+
+def reference_seconds(device: torch.device) -> float:
+    """Seconds of the step by which the speed of a machine at two moments can be compared (`Rates` has it too)."""
+    session, _ = _reference(device)
+    return _real_seconds(session, _batch(session, _LARGE))
+
+
+def _reference(device: torch.device) -> tuple[Session, Skeleton]:
+    """A LoRA on pico, and what is known of it without it."""
     recipe = Recipe.model_validate(
         {"data": {"train": "-"}, "train": {"packing": False, "batch_size": 1, "steps": 1}, "method": {"name": "lora"}}
     )
@@ -114,18 +134,25 @@ def _proved(rates: Rates, device: torch.device) -> Rates:
     plan = resolve(model, bones.plan.method, None, name=bones.plan.name)
     attach_plan(model, plan, statistics={})
     use(model, plan.name)
-    session = Session(recipe, plan.name, bones.session.folder, model, tokenizer, splits, None, TASKS["causal-lm"], plan)
-    found = {}
-    for shape in (_SMALL, _LARGE):
-        examples = _made(*shape).train.examples
-        (batch,) = micro_batches(examples, size=shape[0], pad_token=pad_token(tokenizer))
-        found[shape] = _real_seconds(session, batch), bones.trace(batch, held=False)
-    real, trace = found[_SMALL]
-    calls = num_calls(trace, bones.depth.extra)
-    work = step_seconds(trace, bones.depth.extra, replace(rates, call_seconds=0.0))[0]
-    rates = replace(rates, call_seconds=max((real - work) / calls, rates.call_seconds))
-    real, trace = found[_LARGE]
-    return replace(rates, scale=real / step_seconds(trace, bones.depth.extra, rates)[0], reference_seconds=real)
+    task = TASKS["causal-lm"]
+    return Session(recipe, plan.name, bones.session.folder, model, tokenizer, splits, None, task, plan), bones
+
+
+def _batch(session: Session, shape: tuple[int, int]) -> Batch:
+    (batch,) = micro_batches(_made(*shape).train.examples, size=shape[0], pad_token=pad_token(session.tokenizer))
+    return batch
+
+
+def _solved(rates: Rates, small: Step, large: Step) -> Rates:
+    """The overhead of a call and the scale of work that give two steps their real times."""
+    (calls, work), (more_calls, more_work) = (
+        [step_seconds(trace, extra, replace(rates, call_seconds=call, scale=1 - call))[0] for call in (1.0, 0.0)]
+        for _, trace, extra in (small, large)
+    )
+    scale = (large[0] * calls - small[0] * more_calls) / (more_work * calls - work * more_calls)
+    call = max((small[0] - scale * work) / calls, rates.call_seconds)
+    scale = max((large[0] - call * more_calls) / more_work, _LEAST_SCALE)
+    return replace(rates, call_seconds=call, scale=scale, reference_seconds=large[0])
 
 
 def _real_seconds(session: Session, batch: Any) -> float:

@@ -12,12 +12,12 @@ from weft.data import Batch
 from weft.recipe.sizes import parse_bytes
 from weft.tune.activations import Chosen, fit, set_activations
 from weft.tune.evaluate import autocast, pad_token
-from weft.tune.machine import readable_bytes
 from weft.tune.offload import check_offload
 from weft.tune.packing import packed_attention
 from weft.tune.parts import micro_batches
 from weft.tune.session import Session
 from weft.tune.step import LossOf
+from weft.units import readable_bytes
 
 __all__ = ["largest_batch", "set_levers"]
 

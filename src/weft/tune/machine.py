@@ -16,7 +16,7 @@ import torch
 
 from weft.errors import WeftError
 
-__all__ = ["DISK_ERRORS", "OutputError", "describe_machine", "memory_bytes", "prove_writable", "readable_bytes"]
+__all__ = ["DISK_ERRORS", "OutputError", "describe_machine", "memory_bytes", "prove_writable"]
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 """What an OSError says when it is the disk, and not our code, that is in the way."""
@@ -33,15 +33,6 @@ def memory_bytes(device: torch.device | str = "cpu") -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.memory_allocated(device)
     return psutil.Process().memory_info().rss
-
-
-def readable_bytes(count: float) -> str:
-    """A count of bytes with a unit: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError("the last unit has no limit")
 
 
 def describe_machine(device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -22,11 +22,12 @@ from weft.tune.machine import DISK_ERRORS, OutputError
 from weft.tune.many_batch import Together
 from weft.tune.many_check import check_sessions, check_together
 from weft.tune.outcome import TuneResult
-from weft.tune.progress import Progress, readable_seconds, stderr_console
+from weft.tune.progress import Progress, stderr_console
 from weft.tune.run import Run
 from weft.tune.session import Session, prepare, threads
 from weft.tune.step import Diverged, Learner, StepResult, train_step
 from weft.tune.stop import Interrupted, Stop
+from weft.units import readable_seconds
 
 __all__ = ["tune_many"]
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from weft.tune.machine import readable_bytes
+from weft.units import readable_bytes, readable_seconds
 
 __all__ = ["Progress", "stderr_console"]
 
@@ -60,13 +60,3 @@ class Progress:
     def note(self, text: str) -> None:
         """Say one line, above the bar."""
         self.console.print(f"{self.name}: {text}" if self.name else text, markup=False)
-
-
-def readable_seconds(seconds: float) -> str:
-    """A duration in words: 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -26,7 +26,7 @@ from weft.tune.learn import learn, make_learner
 from weft.tune.log import Sink, cut_log, open_log, read_log
 from weft.tune.loop import Progressed
 from weft.tune.loqt import Merging
-from weft.tune.machine import DISK_ERRORS, OutputError, describe_machine, prove_writable, readable_bytes
+from weft.tune.machine import DISK_ERRORS, OutputError, describe_machine, prove_writable
 from weft.tune.optimizers import optimizer_bytes
 from weft.tune.outcome import (
     Measured,
@@ -37,7 +37,7 @@ from weft.tune.outcome import (
     summary,
     write_json,
 )
-from weft.tune.progress import Progress, readable_seconds, stderr_console
+from weft.tune.progress import Progress, stderr_console
 from weft.tune.random_state import seed_everything
 from weft.tune.repair import base_model, correct, rewrites
 from weft.tune.resume import check_same_run, data_digest
@@ -46,6 +46,7 @@ from weft.tune.step import Learner
 from weft.tune.stop import Interrupted
 from weft.tune.trained import trained_tensors
 from weft.tune.truth import Watched, bytes_at_rest, foretell
+from weft.units import readable_bytes, readable_seconds
 
 __all__ = ["DryRun", "Run", "dry_run", "tune"]
 

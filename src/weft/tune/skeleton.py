@@ -20,6 +20,7 @@ from weft.base import find_base
 from weft.core.method import Frozen
 from weft.data import Batch, Splits
 from weft.fresh import fresh
+from weft.optim import state_tensors
 from weft.patterns import layer_of
 from weft.plan.depth import Depth, shorten
 from weft.plan.quantised import quantise_fake
@@ -58,7 +59,7 @@ class Skeleton:
     def trace(self, batch: Batch, *, held: bool) -> Trace:
         """One training step on a batch, recorded. held: with gradients of batches before it in the same step."""
         found = Trace()
-        with found.recording(self.fake), _short(self.layers, self.depth):
+        with found.recording(self.fake), _short(self.layers, self.depth), _pointers_of_nothing():
             found.on = False
             learner = self._learner()
             _make_states(learner)
@@ -128,9 +129,8 @@ class Skeleton:
             if held:
                 parameter.grad = torch.zeros_like(parameter)
                 trace.give(parameter.grad, "gradients", layer_of(name))
-            for value in learner.optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor):
-                    trace.give(value, "optimizer", layer_of(name))
+            for value in state_tensors(learner.optimizer.state.get(parameter, {})):
+                trace.give(value, "optimizer", layer_of(name))
 
 
 def skeleton(recipe: Recipe, tokenizer: Any, splits: Splits, *, middling: bool = False) -> Skeleton:
@@ -140,8 +140,7 @@ def skeleton(recipe: Recipe, tokenizer: Any, splits: Splits, *, middling: bool =
     Raises TargetError for whatever the method or the targets cannot be.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with Trace().recording(fake), _no_init(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+    with Trace().recording(fake), _no_init(), _pointers_of_nothing():
         model, stored = _model(recipe)
         if recipe.base.quantize is not None:
             quantise_fake(model, recipe.base.quantize, group_size=recipe.base.group_size, bits=recipe.base.bits)
@@ -202,6 +201,14 @@ def _model(recipe: Recipe) -> tuple[Any, torch.dtype | None]:
     model = build(config, dtype=dtype).eval()
     model.tie_weights()  # which building leaves to loading
     return model, stored
+
+
+@contextmanager
+def _pointers_of_nothing() -> Iterator[None]:
+    """Readings ask where tensors lie to know them again; those without numbers lie nowhere, and torch warns of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
 
 
 @contextmanager

@@ -10,11 +10,12 @@ import torch
 
 from weft.errors import WeftError
 from weft.plan.cache import append_record
-from weft.plan.forecast import Forecast, readable_bytes
+from weft.plan.forecast import Forecast
 from weft.plan.load import LoadMeter
 from weft.plan.truth import Peak, resident_bytes
 from weft.tune.ahead import foresee
 from weft.tune.session import Session
+from weft.units import readable_bytes
 
 __all__ = ["Watched", "bytes_at_rest", "foretell"]
 

@@ -12,11 +12,12 @@ import yaml
 
 from weft.errors import RecipeError
 from weft.plan.fit import Changed, Limits, find_fit, with_keys
-from weft.plan.forecast import Forecast, readable_bytes, readable_seconds
+from weft.plan.forecast import Forecast
 from weft.plan.plot import plot
 from weft.recipe import Recipe, to_yaml
 from weft.tune.ahead import foresee, sampled
 from weft.tune.schedules import schedule_curve
+from weft.units import readable_bytes, readable_seconds
 
 __all__ = ["Fitting", "compare", "draw", "fit_recipe", "parse_table", "table_rows", "write_fit"]
 
