@@ -137,7 +137,7 @@ def test_what_cannot_be_combined_is_said():
         rule_of("ties", {"densty": 0.1})
     with pytest.raises(ValueError, match="give one of them"):
         combine(model, ["a"], name="c", rank=2, loss=0.1)
-    with pytest.raises(ValueError, match="fisher weighs models by their fisher"):
+    with pytest.raises(ValueError, match="fisher weighs adapters by the fisher of their own data"):
         combine(model, ["a"], "fisher", name="c")
     assert "c" not in records(model)
 

@@ -52,14 +52,28 @@ def test_the_same_seed_gives_the_same_and_another_one_does_not(tmp_path) -> None
     assert bowls[0].asked[2:] != bowls[2].asked[2:]
 
 
-def test_a_killed_search_goes_on_and_ends_the_same(tmp_path) -> None:
-    whole, cut, rest = Bowl(), Bowl(die_at=10), Bowl()
-    first = searched(tmp_path, whole, key="whole")
+@pytest.mark.parametrize(("sampler", "trials", "die_at"), [("tpe", 12, 10), ("cma", 30, 23)])
+def test_a_killed_search_goes_on_and_ends_the_same(tmp_path, sampler, trials, die_at) -> None:
+    whole, cut, rest = Bowl(), Bowl(die_at=die_at), Bowl()
+    how = Search(trials=trials, sampler=sampler)
+    first = searched(tmp_path, whole, key="whole", how=how)
     with pytest.raises(KeyboardInterrupt):
-        searched(tmp_path, cut, key="cut")
-    second = searched(tmp_path, rest, key="cut")
+        searched(tmp_path, cut, key="cut", how=how)
+    second = searched(tmp_path, rest, key="cut", how=how)
     assert cut.asked[:-1] + rest.asked == whole.asked
     assert first == second
+
+
+def test_cma_closes_in_on_the_best(tmp_path) -> None:
+    bowl = Bowl()
+    found = searched(tmp_path, bowl, how=Search(trials=90, sampler="cma"))
+    assert bowl.asked[0] == (1.0, 1.0, 0.2)
+    assert found.objective < 0.01
+    off = [math.dist(asked, (0.9, 0.3, 0.4)) for asked in bowl.asked]
+    assert sum(off[-20:]) < 0.5 * sum(off[2:22])  # what draws at random gets no nearer
+    drawn = Bowl()
+    searched(tmp_path, drawn, how=Search(trials=90), key="tpe")
+    assert drawn.asked[2:] != bowl.asked[2:]
 
 
 def test_options_that_are_given_stay_and_a_factor_of_the_weights_is_not_searched(tmp_path) -> None:
@@ -96,6 +110,8 @@ def test_a_soup_takes_what_does_not_make_it_worse(tmp_path) -> None:
         ("ties", Search(low=1.0, high=0.0), "a range"),
         ("arcee_fusion", Search(), "no option that could be searched"),
         ("ties", Search(fixed=("densty",)), "did you mean 'density'"),
+        ("slerp", Search(sampler="cma"), "two numbers or more"),
+        ("ties", Search(sampler="anneal"), "expected 'tpe' or 'cma'"),
     ],
 )
 def test_what_cannot_be_searched_is_said(tmp_path, rule, how, said) -> None:

@@ -54,6 +54,39 @@ def test_parts_add_up_and_one_can_be_forgotten() -> None:
         assert not torch.allclose(model(**INPUTS).logits, base)  # the route in use is still a's
 
 
+def test_it_is_trained_in_that_form_where_it_is_linear_in_what_is_trained() -> None:
+    """Two steps of full changes, each learnt alone in its tangent: they add up, and half of one has half its effect."""
+    torch.manual_seed(0)
+    model = llama()
+    for name in ("a", "b"):
+        weft.attach(model, weft.methods()["full"](), ["q_proj", "up_proj"], name=name)
+    model.double()
+    start = [p.detach().clone() for p in weft.parameters(model, "a")]  # `full` holds the new weight, not the change
+    with torch.no_grad(), weft.using(model, None):
+        base = model(**INPUTS).logits
+    for name, answer in (("a", 3), ("b", 7)):
+        learnt, losses = [*weft.parameters(model, name)], []
+        optimizer = torch.optim.SGD(learnt, lr=0.5)
+        call = tangent(model, {name: 1.0}, learn=True)
+        for _ in range(8):
+            loss = -call(INPUTS).log_softmax(-1)[0, :, answer].mean()
+            loss.backward()
+            assert all(p.grad is None for p in model.parameters() if all(p is not q for q in learnt))
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        assert losses == sorted(losses, reverse=True)
+        assert losses[-1] < losses[0] - 0.1
+    each = {name: tangent(model, {name: 1.0})(INPUTS) - base for name in ("a", "b")}
+    both = tangent(model, {"a": 1.0, "b": 1.0}, learn=True)(INPUTS).detach() - base
+    torch.testing.assert_close(both, each["a"] + each["b"], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for p, first in zip(weft.parameters(model, "a"), start, strict=True):
+            p.lerp_(first, 0.5)
+    torch.testing.assert_close(tangent(model, {"a": 1.0})(INPUTS) - base, 0.5 * each["a"], rtol=1e-4, atol=1e-5)
+    assert float(each["a"].abs().max()) > 0.01
+
+
 def test_what_has_no_tangent_is_said() -> None:
     model = carrying(llama())
     with pytest.raises(AdapterError, match="no adapter 'c'"):

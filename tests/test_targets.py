@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 import weft
 from tests.common.models import MODELS, assert_same_state, llama, state
+from weft import patterns
 from weft.attach import records
 from weft.targets import PRESETS, TargetError
 
@@ -230,3 +231,24 @@ def test_the_plan_prints_every_site_and_the_total() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_explained(preset: str) -> None:
     assert len(PRESETS[preset].split()) > 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_an_index_finds_is_what_a_look_at_every_place_finds(name: str) -> None:
+    model = MODELS[name]()
+    places, head = weft.candidates(model), patterns.output_head(model)
+    index = patterns.Index(places, head)
+    names = {c.address[i:] for c in places for i in range(len(c.address)) if i == 0 or c.address[i - 1] == "."}
+    for pattern in [*sorted(names), *PRESETS, "*.0.*", "re:.*1.*", "nothing", "."]:
+        for method in (None, weft.LoRA(), weft.Bottleneck()):
+            expected = [c for c in places if patterns._matches(pattern, c, head, method)]
+            assert index.named(pattern, method) == expected
+
+
+def test_an_address_is_not_compared_with_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    addresses = [s.site.address for s in weft.resolve(model, weft.LoRA()).sites]
+    compared, named = [], patterns._named
+    monkeypatch.setattr(patterns, "_named", lambda p, a: compared.append(a) or named(p, a))
+    assert where(weft.resolve(model, weft.LoRA(), addresses, exclude=addresses[1:])) == addresses[:1]
+    assert len(compared) == 2 * len(addresses) - 1

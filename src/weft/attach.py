@@ -25,8 +25,8 @@ from weft.kinds.virtual import check_blend
 from weft.targets import Plan, PlannedSite, Targets, resolve, walk
 
 __all__ = [
-    "AdapterError", "Record", "adapters", "attach", "attach_plan", "detach", "foldable", "merge", "parameters",
-    "records", "unmerge", "use", "using", "weave_of",
+    "AdapterError", "Record", "adapters", "attach", "attach_plan", "detach", "foldable", "free_name", "merge",
+    "parameters", "records", "unmerge", "use", "using", "weave_of",
 ]  # fmt: skip
 
 
@@ -50,6 +50,13 @@ def records(model: nn.Module) -> dict[str, Record]:
 def adapters(model: nn.Module) -> dict[str, Plan]:
     """The plan of every adapter that a model carries, by name."""
     return {name: r.plan for name, r in records(model).items()}
+
+
+def free_name(model: nn.Module, name: str) -> str:
+    """The name, or one like it, that no adapter of the model has."""
+    while name in records(model):
+        name += "_"
+    return name
 
 
 def attach(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from weft.kinds.seat import Weave
 from weft.kinds.settle import input_of
 from weft.targets import Plan, PlannedSite, walk
 
-__all__ = ["collect"]
+__all__ = ["collect", "measured"]
 
 _COLLECTED = frozenset({"covariance", "gradient", "curvature", "fisher"})
 """What data can tell; the rest of what starts need comes from whoever quantised the base."""
@@ -43,13 +44,27 @@ def collect(model: nn.Module, plan: Plan, calibration: Iterable[Any] | None) -> 
     with _as_base(model):
         if "cache" in asked:
             _caches(plan, modules, found)
-        if "covariance" in needed:
-            _covariances(model, plan, modules, batches, found)
-        for what in sorted(needed & {"gradient", "curvature"}):
-            _gradients(what, model, plan, modules, batches, found)
-        if "fisher" in needed:
-            _gradients("fisher", model, plan, modules, [row for batch in batches for row in _rows(batch)], found)
+        for what in sorted(needed):
+            every = [row for batch in batches for row in _rows(batch)] if what == "fisher" else batches
+            sites = [s for s in plan.sites if what in s.method.needs()]
+            for address, t in measured(partial(_call, model), what, sites, modules, every).items():
+                found[address][what] = t
     return found
+
+
+def measured(
+    call: Callable[[Any], Any],
+    what: str,
+    sites: Sequence[PlannedSite],
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+) -> dict[str, Tensor]:
+    """One of these statistics by address, of a model as it stands: `call` runs it on a batch."""
+    return (
+        _covariances(call, sites, modules, batches)
+        if what == "covariance"
+        else _gradients(what, call, sites, modules, batches)
+    )
 
 
 @contextmanager
@@ -71,33 +86,29 @@ def _as_base(model: nn.Module) -> Iterator[None]:
 
 
 def _covariances(
-    model: nn.Module,
-    plan: Plan,
-    modules: Mapping[str, nn.Module],
-    batches: list[Any],
-    found: dict[str, dict[str, Tensor]],
-) -> None:
+    call: Callable[[Any], Any], sites: Sequence[PlannedSite], modules: Mapping[str, nn.Module], batches: Sequence[Any]
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def watch(planned: PlannedSite) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().flatten(0, -2).double()
-            seen = found[planned.site.address]
-            seen["covariance"] = seen.get("covariance", 0) + x.mT @ x
-            counts[planned.site.address] = counts.get(planned.site.address, 0) + len(x)
+            address = planned.site.address
+            found[address] = found.get(address, 0) + x.mT @ x
+            counts[address] = counts.get(address, 0) + len(x)
 
         return modules[planned.path].register_forward_pre_hook(hook)
 
-    handles = [watch(s) for s in plan.sites if "covariance" in s.method.needs()]
+    handles = [watch(s) for s in sites]
     try:
         with torch.no_grad():
             for batch in batches:
-                _call(model, batch)
+                call(batch)
     finally:
         for handle in handles:
             handle.remove()
-    for address, n in counts.items():
-        found[address]["covariance"] = (found[address]["covariance"] / n).float()
+    return {address: (t / counts[address]).float() for address, t in found.items()}
 
 
 @torch.no_grad()
@@ -124,19 +135,18 @@ def _caches(plan: Plan, modules: Mapping[str, nn.Module], found: dict[str, dict[
 
 def _gradients(
     what: str,
-    model: nn.Module,
-    plan: Plan,
+    call: Callable[[Any], Any],
+    sites: Sequence[PlannedSite],
     modules: Mapping[str, nn.Module],
-    batches: list[Any],
-    found: dict[str, dict[str, Tensor]],
-) -> None:
-    sites = [s for s in plan.sites if what in s.method.needs()]
+    batches: Sequence[Any],
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
     seats = [s.offer.seat(modules[s.path], s.site, Weave(), s.offer.param) for s in sites]
     weights = [seat.stored() for seat in seats]
     for planned, w in zip(sites, weights, strict=True):
         if not w.is_floating_point() or type(w.data) is not Tensor:
             raise ValueError(
-                f"{planned.method.name} starts from the gradient of a weight, and {planned.site.address} is quantised, "
+                f"{planned.method.name} asks for the gradient of a weight, and {planned.site.address} is quantised, "
                 "so it has none: make the adapter on the base as it was, save it, and load it on the quantised one"
             )
     flags = [w.requires_grad for w in weights]
@@ -145,19 +155,19 @@ def _gradients(
             w.requires_grad_(True)
         for batch in batches:
             with _twice(what):
-                result = _call(model, batch)
+                result = call(batch)
             loss = result if isinstance(result, Tensor) else getattr(result, "loss", None)
             if loss is None or loss.numel() != 1:
                 raise ValueError(
                     "a gradient needs a loss: give calibration batches with `labels`, or a model that returns one"
                 )
             for planned, seat, g in zip(sites, seats, _slopes(loss, weights, what), strict=True):
-                seen = found[planned.site.address]
-                g = seat.oriented(g.detach())
-                seen[what] = seen.get(what, 0) + (g.square() if what == "fisher" else g) / len(batches)
+                address, g = planned.site.address, seat.oriented(g.detach())
+                found[address] = found.get(address, 0) + (g.square() if what == "fisher" else g) / len(batches)
     finally:
         for w, flag in zip(weights, flags, strict=True):
             w.requires_grad_(flag)
+    return found
 
 
 def _twice(what: str) -> AbstractContextManager[None]:

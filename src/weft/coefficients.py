@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from weft.attach import attach_plan, detach, records, use, weave_of
+from weft.attach import attach_plan, detach, free_name, records, use, weave_of
 from weft.combine import RuleError
 from weft.conditions import tell
 from weft.core.method import Frozen
@@ -141,9 +141,7 @@ class _Part:
 @contextmanager
 def _summed(model: nn.Module, adapters: Sequence[str]) -> Iterator[list[_Part]]:
     """An adapter that holds the sum while weights are learned: low rank where all of it is, else whole weights."""
-    weave, name = weave_of(model), "learning"
-    while name in records(model):
-        name += "_"
+    weave, name = weave_of(model), free_name(model, "learning")
     found = {
         address: here
         for address, seat in weave.seats.items()

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from weft.adapter import TENSORS
 from weft.aligning import combine_aligned
-from weft.attach import detach, use
+from weft.attach import detach, free_name, use
 from weft.coefficients import Learn, Learned, learn_coefficients
 from weft.combine import Rule, RuleError, rules
 from weft.combining import Combination, Weight, combine, said_weight
@@ -18,6 +20,7 @@ from weft.conflict import Conflict, conflict
 from weft.errors import AdapterError
 from weft.gate import held_out, inputs_of
 from weft.interop.folder import save
+from weft.own_data import own_statistics
 from weft.parity import Parity, parity
 from weft.reopen import Reopened, adapter_folder, reopen
 from weft.searching import Chosen, Greedy, Search, choose
@@ -86,6 +89,7 @@ def combine_folders(
     base: str | None = None,
     data: Sequence[str] | None = None,
     test: Sequence[str] | None = None,
+    own: Sequence[str] | None = None,
     how: Search | Greedy | Learn | None = None,
     plot: Path | None = None,
     align: bool = False,
@@ -97,6 +101,7 @@ def combine_folders(
 
     data: rows to measure base, parents and result on; by default the first adapter's own held-out data, else the text
         that comes with Weft. test: more rows to measure them on. plot: where to draw the predicted conflict.
+    own: of each adapter rows of its own, for rules that weigh models by them (`fisher`, `regmean`).
     how: choose weights and options, or members, by the loss on `data`, which must be named then, or learn a sum's
         weights on it; a search goes on from a file beside `out` when it is started again.
     align: the mean of bottleneck adapters with aligned hidden units (`weft.aligning`); the rule is linear then.
@@ -113,13 +118,15 @@ def combine_folders(
     found = None if align else _conflict(opened, plot, say)
     start = dict(zip(opened.names, weights or [1.0] * len(opened.names), strict=True))
     parents: dict[str, Weight] = {**start}
-    name = _free("combined", opened.names)
+    name = free_name(opened.model, "combined")
     known = [spread(opened, data), *([spread(opened, test)] if test else [])]
+    statistics = _Own(opened, rule, own)
 
     def make(parts: Mapping[str, Any], with_rule: Rule) -> Combination:
         if align:
             return combine_aligned(opened.model, parts, name=name).as_combination()
-        return combine(opened.model, parts, with_rule, name=name, rank=rank, loss=loss, seed=seed)
+        said = statistics(parts, with_rule)
+        return combine(opened.model, parts, with_rule, name=name, rank=rank, loss=loss, statistics=said, seed=seed)
 
     chosen: Chosen | Learned | None = None
     if isinstance(how, Learn):
@@ -151,6 +158,34 @@ def combine_folders(
     save(opened.model, out, name, provenance=_provenance(result, opened, folders, seed))
     (out / "README.md").write_text(_card(result, opened.base), encoding="utf-8")
     return result
+
+
+class _Own:
+    """What a rule needs of the adapters' own rows: measured once, unless it depends on what they are combined with."""
+
+    def __init__(self, opened: Reopened, rule: Rule, own: Sequence[str] | None):
+        _check_own(rule, own, len(opened.names))
+        self.opened = opened
+        self.found: dict[str, dict[str, Tensor]] | None = None
+        self.rows = {n: spread(opened, [path])[1] for n, path in zip(opened.names, own or (), strict=False)}
+
+    def __call__(self, parts: Mapping[str, Weight], rule: Rule) -> dict[str, dict[str, Tensor]] | None:
+        if not self.rows:
+            return None
+        if self.found is None or getattr(rule, "through", "own") != "own":
+            opened = self.opened
+            self.found = own_statistics(opened.model, parts, rule, opened.tokenizer, self.rows, task=opened.task)
+        return self.found
+
+
+def _check_own(rule: Rule, own: Sequence[str] | None, count: int) -> None:
+    if own is not None and not rule.needs:
+        raise RuleError(f"{rule.name} weighs no adapter by data of its own: leave --own out")
+    if rule.needs and len(own or ()) != count:
+        raise RuleError(
+            f"{rule.name} weighs every adapter by data of its own: name rows for each of the {count} with --own, in "
+            f"their order; there are {len(own or ())}"
+        )
 
 
 def _refuse_no_sum(rule: Rule, count: int) -> None:
@@ -247,9 +282,3 @@ def search_key(
     rows = [(e.input_ids, e.labels) for e in examples]
     text = repr((settings, rule, [*parents.items()], stamps, rows, more, seed))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def _free(name: str, taken: Sequence[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,7 +27,7 @@ __all__ = ["Combination", "Weight", "combine", "rule_of", "said_weight"]
 Weight = float | Mapping[str, float]
 """What an adapter counts: one number, or one for each address."""
 
-_Spectrum = tuple[Tensor, Tensor, Tensor]  # U [..., O, N], s [..., N], V [..., N, I]
+_Spectrum = tuple[Tensor, Tensor, Tensor]  # U [..., O, R], s [..., N], V [..., R, I]
 _AT_ONCE = 32  # sites that are decomposed together
 _ROUNDING = 1e-6  # of a matrix's norm: what a sum of low-rank matrices may lose where its rank is smaller than theirs
 
@@ -87,6 +87,8 @@ def combine(
     name: str,
     rank: int | None = None,
     loss: float | None = None,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    layers: Collection[int] | None = None,
     seed: int = 0,
 ) -> Combination:
     """Put a new adapter on a model that is made of others which it carries, of any methods that merge.
@@ -97,24 +99,29 @@ def combine(
     rank: of the new adapter at every site. loss: instead, the smallest rank at each site that loses at most this part
         of the combined change's norm. By default a sum of low-rank changes keeps all of it, another rule's result gets
         the largest rank of its parents, and dense changes stay dense (the method `full`).
+    statistics: by adapter and address, for rules that weigh models by their own data (`weft.own_data`).
+    layers: the numbers of those whose places alone are combined; None: all places.
     seed: for rules that draw.
     A sum in which one adapter alone counts, by 1, is that adapter, to the bit and of its own method.
     Raises AdapterError for an adapter that no weight can express, and before anything is changed.
     """
     rule = rule_of(rule) if isinstance(rule, str) else rule
     parents: dict[str, Weight] = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
-    _check(model, parents, rule, rank, loss)
-    one = None if rank is not None or loss is not None else _only(parents, rule)
+    _check(model, parents, rule, rank, loss, statistics)
+    whole = rank is None and loss is None and layers is None
+    one = _only(parents, rule) if whole else None
     if one is not None:
         return _copied(model, one, name, rule, parents)
     generator = torch.Generator().manual_seed(seed)
     tasks: dict[str, _Task] = {}
     for address, seat in weave_of(model).seats.items():
-        here = {n: difference(seat, n) for n in parents if n in seat.adapters}
+        wanted = layers is None or seat.site.layer in layers
+        here = {n: difference(seat, n) for n in parents if wanted and n in seat.adapters}
         if here:
             weights = {n: _weight_at(n, w, address, n in here) for n, w in parents.items()}
             shares = rule.factors(tuple(weights.values()))
-            tasks[address] = _Task(seat.site, here, weights, rule, shares, generator, rank, loss)
+            known = None if statistics is None else [_statistic(statistics, n, address) for n in parents]
+            tasks[address] = _Task(seat.site, here, weights, rule, shares, generator, rank, loss, known)
     thin = _thin({address: task for address, task in tasks.items() if task.is_thin})
     made = {address: thin[address] if address in thin else _at(task) for address, task in tasks.items()}
     shared = any(records(model)[parent].plan.tied == "share" for parent in parents)
@@ -140,6 +147,12 @@ def _weight_at(name: str, weight: Weight, address: str, here: bool) -> float:
     return float(weight.get(address, 1.0))
 
 
+def _statistic(statistics: Mapping[str, Mapping[str, Tensor]], name: str, address: str) -> Tensor:
+    if address not in statistics.get(name, {}):
+        raise RuleError(f"the statistics of {name} lack {address}; measure them at every place that an adapter adapts")
+    return statistics[name][address]
+
+
 @dataclass(frozen=True)
 class _Task:
     """What was asked for, at one site. here: what the parents that are there change; shares: what each change is
@@ -153,6 +166,7 @@ class _Task:
     generator: torch.Generator
     rank: int | None
     loss: float | None
+    statistics: Sequence[Tensor] | None
 
     @property
     def is_thin(self) -> bool:
@@ -166,8 +180,8 @@ class _Task:
         return b, torch.cat([flat(self.wide(d.a), self.site) for d in self.here.values()], -2)
 
     def ruled(self, changes: Sequence[Tensor]) -> Tensor:
-        zero = torch.zeros_like(changes[0])
-        return self.rule(changes, weights=[*self.parents.values()], base=zero, generator=self.generator)
+        zero, weights = torch.zeros_like(changes[0]), [*self.parents.values()]
+        return self.rule(changes, weights=weights, base=zero, statistics=self.statistics, generator=self.generator)
 
     def wide(self, t: Tensor | None) -> Tensor:
         """In a precision that sums and decompositions can bear."""
@@ -192,12 +206,15 @@ def _at(task: _Task) -> _Made:
     factored = all(d.factored for d in task.here.values())
     if dense.ndim < 2 or shift is not None or not (factored or task.rank or task.loss is not None):
         return _Made(None, None, dense, shift, 0.0)
-    found = _spectrum(flat(dense, task.site))
-    if task.loss is not None:
-        rank = rank_for(found[1], task.loss)
-    else:
-        rank = task.rank or max((d.b.shape[-1] for d in task.here.values() if d.b is not None), default=1)
-    b, a, lost = nearest_of_rank(*found, min(rank, found[1].shape[-1]))
+
+    def rank_of(s: Tensor) -> int:
+        if task.loss is not None:
+            return rank_for(s, task.loss)
+        largest = max((d.b.shape[-1] for d in task.here.values() if d.b is not None), default=1)
+        return min(task.rank or largest, s.shape[-1])
+
+    u, s, v = _spectrum(flat(dense, task.site), rank_of)
+    b, a, lost = nearest_of_rank(u, s, v, u.shape[-1])
     return _Made(b, with_kernel(a, task.site), None, None, lost)
 
 
@@ -242,20 +259,22 @@ def _written(task: _Task, b: Tensor, a: Tensor, lost: float) -> _Made:
     return _Made(None, None, with_kernel(b @ a, task.site), shift, 0.0)  # a low-rank adapter has no bias of its own
 
 
-def _spectrum(m: Tensor) -> _Spectrum:
-    """The singular vectors and values of matrices [..., O, I], through the smaller of m m^T and m^T m in float64.
+def _spectrum(m: Tensor, rank_of: Callable[[Tensor], int]) -> _Spectrum:
+    """All singular values of matrices [..., O, I], and the first vectors, as many as `rank_of` says by the values.
 
-    That is a few times faster than decomposing m, and u diag(s) v is m whatever the small values have lost: v is u^T m.
+    Through the smaller of m m^T and m^T m in float64: that is a few times faster than decomposing m, and of all vectors
+    u diag(s) v is m whatever the small values have lost: v is u^T m.
     """
     if m.shape[-2] > m.shape[-1]:
-        v, s, u = _spectrum(m.mT)
+        v, s, u = _spectrum(m.mT, rank_of)
         return u.mT, s, v.mT
     wide = m.double()
     values, u = torch.linalg.eigh(wide @ wide.mT)  # ascending
-    s = values.clamp(min=0).flip(-1).sqrt()
-    u = u.flip(-1)
-    v = u.mT @ wide / s.clamp(min=torch.finfo(m.dtype).tiny).unsqueeze(-1)
-    return u.to(m.dtype), s.to(m.dtype), v.to(m.dtype)
+    s = values.clamp(min=0).flip(-1).sqrt().to(m.dtype)
+    rank = rank_of(s)
+    u = u[..., -rank:].flip(-1)
+    v = u.mT @ wide / s[..., :rank].double().clamp(min=torch.finfo(m.dtype).tiny).unsqueeze(-1)
+    return u.to(m.dtype), s, v.to(m.dtype)
 
 
 def _ruled(site: Site, here: Mapping[str, Difference], task: _Task) -> Tensor:
@@ -277,6 +296,8 @@ def _shift(site: Site, here: Mapping[str, Difference], task: _Task) -> Tensor | 
             f"{site.address} has no bias, and one of {', '.join(here)} shifts its output: no adapter of one method "
             "holds such a sum; use them together in a route"
         )
+    if task.rule.needs:
+        raise AdapterError(f"{site.address}: an adapter changes a bias, for which {task.rule.name} has no statistics")
     zero = torch.zeros_like(next(d.shift for d in here.values() if d.shift is not None))
     shifts = [d.shift if (d := here.get(n)) is not None and d.shift is not None else zero for n in task.parents]
     return task.ruled(shifts)
@@ -329,7 +350,9 @@ def _copied(model: nn.Module, source: str, name: str, rule: Rule, parents: Mappi
     return Combination(plan, rule, parents, dict.fromkeys(tensors, 0.0))
 
 
-def _check(model: nn.Module, parents: Mapping[str, Weight], rule: Rule, rank: int | None, loss: float | None) -> None:
+def _check(
+    model: nn.Module, parents: Mapping[str, Weight], rule: Rule, rank: int | None, loss: float | None, statistics: Any
+) -> None:
     known = records(model)
     for name in parents:
         if name not in known:
@@ -339,7 +362,12 @@ def _check(model: nn.Module, parents: Mapping[str, Weight], rule: Rule, rank: in
         raise RuleError("there is nothing to combine: name at least one adapter")
     if rank is not None and loss is not None:
         raise RuleError("rank and loss both say how much is kept: give one of them")
-    if rule.needs:
-        raise RuleError(f"{rule.name} weighs models by their {rule.needs}, which adapters alone do not have")
+    if statistics is not None and not rule.needs:
+        raise RuleError(f"{rule.name} weighs no adapter by statistics of its data: leave them out")
+    if rule.needs and statistics is None:
+        raise RuleError(
+            f"{rule.name} weighs adapters by the {rule.needs} of their own data: give statistics, as "
+            "weft.own_data.own_statistics measures them (--own on the command line)"
+        )
     if weave_of(model).merged is not None:
         raise AdapterError(f"{weave_of(model).merged!r} is merged into the weights; unmerge before combining")

@@ -68,11 +68,14 @@ def differences(model: nn.Module, name: str) -> dict[str, Difference]:
     return {address: difference(seats[address], name) for address in known[name].adapters}
 
 
-@torch.no_grad()
-def difference(seat: Seat, name: str) -> Difference:
-    """What an adapter changes at one seat; AdapterError where no weight can express it."""
+def difference(seat: Seat, name: str, *, graph: bool = False) -> Difference:
+    """What an adapter changes at one seat; AdapterError where no weight can express it.
+
+    graph: whether gradients flow from it to the adapter's tensors.
+    """
     try:
-        return _of(seat, name)
+        with torch.set_grad_enabled(graph):
+            return _of(seat, name)
     except (NotLinear, TypeError) as error:
         method = seat.adapters[name].method.name
         raise AdapterError(

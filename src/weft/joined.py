@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from weft.attach import records, use
+from weft.attach import free_name, records, use
 from weft.combined import mean_loss, spread
 from weft.core.choices import Choices, recording
 from weft.core.router import Router
@@ -73,9 +73,7 @@ def join_folders(
     if out.exists():
         raise AdapterError(f"{out} is there already: name a new folder for the joined adapter")
     opened = reopen([*folders], base=base, any_base=any_base)
-    name = "joined"
-    while name in opened.names:
-        name += "_"
+    name = free_name(opened.model, "joined")
     plan = join(opened.model, router, opened.names, name=name, train_experts=train_experts)
     say(f"{router.name} over {', '.join(opened.names)} at {len(plan.sites)} sites of {opened.base}")
     source, examples = spread(opened, data)

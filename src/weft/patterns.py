@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,7 +13,7 @@ from weft.core.method import Method
 from weft.kinds import Offer, offers
 from weft.kinds.seat import Container, base_class
 
-__all__ = ["PLACES", "PRESETS", "Candidate", "candidates", "layer_of", "matches", "output_head", "walk"]
+__all__ = ["PLACES", "PRESETS", "Candidate", "Index", "candidates", "layer_of", "output_head", "walk"]
 
 PRESETS = {
     "all-linear": "every linear map except the output head and the routers of experts",
@@ -39,6 +39,7 @@ _MLP_BLOCK = re.compile(r"mlp|ffn?|feed_forward|block_sparse_moe|densereludense"
 _ROUTER = re.compile("router|gate", re.IGNORECASE)
 _HEADS = ("classifier", "score", "qa_outputs", "classification_head")
 """Where transformers' models that are no language models keep their head."""
+_GLOB = "*?["
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
@@ -84,7 +85,7 @@ def candidates(model: nn.Module) -> list[Candidate]:
     return found
 
 
-def matches(pattern: str, c: Candidate, head: str | None, method: Method | None) -> bool:
+def _matches(pattern: str, c: Candidate, head: str | None, method: Method | None) -> bool:
     """Whether a pattern names a place. head: the path of the output head; method: what would be put there, if known."""
     if pattern == "all-linear":
         return _is_map(c) and not _inside(c.address, head)
@@ -100,9 +101,35 @@ def matches(pattern: str, c: Candidate, head: str | None, method: Method | None)
         return c.kind == pattern.removeprefix("self-")
     if method is not None and c.kind in PLACES and c.kind not in method.kinds:
         return False  # a name such as "attn" means the block only to a method that adapts blocks
-    if c.kind == "attention":
-        return _named(pattern, c.path)
-    return _named(pattern, c.address)
+    return _named(pattern, _name(c))
+
+
+class Index:
+    """Places by every name that one of them has, so that hundreds of addresses do not each look through all places.
+
+    head: the path of the model's output head.
+    """
+
+    def __init__(self, places: Sequence[Candidate], head: str | None):
+        self._places, self._head = places, head
+        self._by_name: dict[str, list[Candidate]] = {}
+        for c in places:
+            name = _name(c)
+            self._by_name.setdefault(name, []).append(c)
+            while "." in name:
+                name = name.partition(".")[2]
+                self._by_name.setdefault(name, []).append(c)
+
+    def named(self, pattern: str, method: Method | None) -> list[Candidate]:
+        """The places that a pattern names, in the model's order. method: what would be put there, if known."""
+        general = pattern in PRESETS or pattern.startswith("re:") or any(ch in pattern for ch in _GLOB)
+        near = self._places if general else self._by_name.get(pattern, ())
+        return [c for c in near if _matches(pattern, c, self._head, method)]
+
+
+def _name(c: Candidate) -> str:
+    """What a name in a pattern is compared with."""
+    return c.path if c.kind == "attention" else c.address
 
 
 def _is_map(c: Candidate) -> bool:
@@ -120,7 +147,7 @@ def _inside(address: str, root: str | None) -> bool:
 def _named(pattern: str, address: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], address) is not None
-    if any(ch in pattern for ch in "*?["):
+    if any(ch in pattern for ch in _GLOB):
         return fnmatchcase(address, pattern)
     return address == pattern or address.endswith("." + pattern)
 

@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import import_module
 from math import inf, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weft.combine import Rule, RuleError
 from weft.errors import WeftError, missing_extra, nearest
 
 if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
     from optuna.study import Study
 
 __all__ = ["Chosen", "Greedy", "Loss", "Search", "choose", "searched_options"]
@@ -37,6 +39,9 @@ class Search:
     low, high: what every weight lies between. l1: what a weight's size costs, by which a parent that helps nothing
     gets none (LoraHub: Huang et al. 2023, arXiv 2307.13269, with 0.05 and weights from -1.5 to 1.5).
     fixed: options of the rule that stay as they are.
+    sampler: what draws the trials. tpe: where good ones were dense (tree of Parzen estimators); cma: from a Gaussian
+    that moves and turns towards them (CMA-ES: Hansen 2016, arXiv 1604.00772), which begins in the middle of all ranges
+    and wants more trials, of two numbers or more.
     """
 
     trials: int = 40
@@ -44,6 +49,7 @@ class Search:
     high: float = 1.5
     l1: float = 0.0
     fixed: tuple[str, ...] = ()
+    sampler: Literal["tpe", "cma"] = "tpe"
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ def choose(
 
     start: weights that are tried first. file: SQLite, where a search goes on that was interrupted; key: which search of
         the file it is, to which trials of other models or data do not belong.
-    Raises RuleError where there is nothing to search, MissingExtra without optuna, WeftError when no loss is a number.
+    Raises RuleError where there is nothing to search, MissingExtra without optuna or cmaes, WeftError when no loss is
+        a number.
     """
     return (
         _soup(loss, start, rule, say)
@@ -150,7 +157,7 @@ def _search(
         study.add_trials(kept.trials)
         first = _first(how, start, rule, options)
         while (count := len(study.trials)) < how.trials:
-            study.sampler = optuna.samplers.TPESampler(seed=seed + count, n_startup_trials=_DRAWN)
+            study.sampler = _sampler(how, seed + count)
             if count < len(first):
                 study.enqueue_trial(first[count])
             trial = study.ask()
@@ -170,6 +177,19 @@ def _search(
         storage.engine.dispose()
 
 
+def _sampler(how: Search, seed: int) -> BaseSampler:
+    """A new one for each trial: what it knows is in the trials, so one that was stopped goes on as one that was not."""
+    from optuna.samplers import CmaEsSampler, TPESampler
+
+    if how.sampler == "tpe":
+        return TPESampler(seed=seed, n_startup_trials=_DRAWN)
+    try:
+        import_module("cmaes")  # which optuna imports when it draws
+    except ImportError as error:
+        raise missing_extra("compare", needs="cmaes") from error
+    return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+
+
 def _checked(how: Search, start: Mapping[str, float], rule: Rule) -> dict[str, tuple[float, float]]:
     names = [field.name for field in dataclasses.fields(rule)]
     for name in how.fixed:
@@ -183,9 +203,13 @@ def _checked(how: Search, start: Mapping[str, float], rule: Rule) -> dict[str, t
     outside = [f"{name} {weight:g}" for name, weight in start.items() if not how.low <= weight <= how.high]
     if rule.weighted and outside:
         raise RuleError(f"{', '.join(outside)}: outside of the searched weights, {how.low} to {how.high}")
+    if how.sampler not in ("tpe", "cma"):
+        raise RuleError(f"sampler={how.sampler!r}: expected 'tpe' or 'cma'")
     options = searched_options(rule, how.fixed)
     if not options and not rule.weighted:
         raise RuleError(f"{rule.name} reads no weights and has no option that could be searched")
+    if how.sampler == "cma" and len(options) + rule.weighted * len(start) < 2:
+        raise RuleError("sampler='cma' turns towards the best of two numbers or more; search one number with 'tpe'")
     return options
 
 

@@ -21,7 +21,7 @@ from weft.errors import WeftError, nearest
 from weft.kinds import Offer
 from weft.kinds.seat import base_class
 from weft.kinds.settle import input_of
-from weft.patterns import PLACES, PRESETS, Candidate, candidates, layer_of, matches, output_head, walk
+from weft.patterns import PLACES, PRESETS, Candidate, Index, candidates, layer_of, output_head, walk
 from weft.registry import as_declared, method_class, method_from_spec
 
 __all__ = [
@@ -118,11 +118,11 @@ def resolve(
     """
     targets = method.default_targets if targets is None else targets
     places = candidates(model)
-    head = output_head(model)
+    index = Index(places, output_head(model))
     chosen: dict[str, tuple[Candidate, Method]] = {}
     for pattern, overrides in _patterns(targets).items():
         here = _override(method, overrides, pattern)
-        hits = [c for c in places if matches(pattern, c, head, here)]
+        hits = index.named(pattern, here)
         if not hits:
             raise TargetError(_no_match(pattern, places, model, here))
         for c in hits:
@@ -135,7 +135,7 @@ def resolve(
                 f"layers={layers!r} leaves none of the matched sites; the model has {_layer_range(places)}"
             )
     for pattern in exclude:
-        out = [a for a, (c, _) in chosen.items() if matches(pattern, c, head, None)]
+        out = [c.address for c in index.named(pattern, None) if chosen.get(c.address, (None,))[0] is c]
         if not out:
             raise TargetError(f"exclude={pattern!r} matches none of the chosen sites")
         for address in out:
@@ -227,7 +227,7 @@ def _another(overrides: Mapping[str, Any], pattern: str) -> Method:
 
 
 def _no_match(pattern: str, places: list[Candidate], model: nn.Module, method: Method | None = None) -> str:
-    other = next((c for c in places if matches(pattern, c, None, None)), None)
+    other = next(iter(Index(places, None).named(pattern, None)), None)
     if method is not None and other is not None:
         return _cannot(method, other)
     known = sorted({c.address.rsplit(".", 1)[-1] for c in places if c.kind not in PLACES})

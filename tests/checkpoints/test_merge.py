@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.common.language import llama
 from weft.checkpoints import CheckpointError, Weights, merge, merge_checkpoints
+from weft.checkpoints.jobs import Job
 from weft.checkpoints.stream import Out, write_file
 from weft.combine import rules
 from weft.combining import rule_of
@@ -89,12 +91,29 @@ def test_the_files_are_mergekits(models, tmp_path, method):
 def test_pieces_of_tensors_are_merged_to_the_same_bits(models, tmp_path, rule, monkeypatch):
     both = [models["one"], models["two"]][: rules()[rule].most]
     base = models["base"] if rules()[rule].needs_base else None
-    for size in (1 << 18, 100):
-        monkeypatch.setattr(merge, "_PIECE", size)
-        merge_checkpoints(both, rule_of(rule), tmp_path / str(size), base=base, dtype=torch.bfloat16)
-    whole, pieces = tensors(tmp_path / str(1 << 18)), tensors(tmp_path / "100")
+    for piece, job in ((merge._PIECE, merge._JOB), (100, 350)):
+        monkeypatch.setattr(merge, "_PIECE", piece)
+        monkeypatch.setattr(merge, "_JOB", job)
+        merge_checkpoints(both, rule_of(rule), tmp_path / str(piece), base=base, dtype=torch.bfloat16)
+    whole, pieces = tensors(tmp_path / str(1 << 17)), tensors(tmp_path / "100")
     assert all(torch.equal(pieces[name], whole[name]) for name in whole)
-    assert max(t.numel() for t in whole.values()) > 100
+    assert max(t.numel() for t in whole.values()) > 350
+
+
+@pytest.mark.parametrize("rule", ["linear", "ties"])
+def test_a_wider_number_format_is_not_rounded_to_the_models_first(models, tmp_path, rule):
+    base = models["base"] if rule == "ties" else None
+    both = {name: models[name] for name in ("base", "one", "two")}
+    for name, folder in both.items():
+        merge_checkpoints([folder], rule_of("passthrough"), tmp_path / name, dtype=torch.bfloat16)
+    parents = [str(tmp_path / "one"), str(tmp_path / "two")]
+    start = None if base is None else str(tmp_path / "base")
+    merge_checkpoints(parents, rule_of(rule), tmp_path / "out", base=start, dtype=torch.float32)
+    found, name = tensors(tmp_path / "out"), "model.embed_tokens.weight"
+    stored = [tensors(p)[name].float() for p in parents]
+    wanted = rule_of(rule)(stored, base=None if start is None else tensors(start)[name].float())
+    assert torch.equal(found[name], wanted)
+    assert not torch.equal(found[name], wanted.bfloat16().float())
 
 
 def test_shards_have_an_index_and_a_number_format_can_be_chosen(models, tmp_path):
@@ -141,11 +160,11 @@ from weft.checkpoints import merge
 from weft.combine import rules
 from weft.combining import rule_of
 one, two, base, out = sys.argv[1:]
-inner = merge._pieces
+inner = merge._merged
 def slow(*args):
     time.sleep(0.05)
     return inner(*args)
-merge._pieces = slow
+merge._merged = slow
 print("go", flush=True)
 merge_checkpoints([one, two], rule_of("dare"), out, base=base, shard_bytes=40_000)
 """
@@ -176,18 +195,23 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bits(models, tmp_path):
 def test_a_file_is_gone_on_with_after_the_last_whole_tensor(tmp_path):
     outs = [Out(f"t{i}", (4, 3), torch.float32) for i in range(4)]
     made: list[str] = []
+    broken = True
 
-    def make(out: Out) -> list[torch.Tensor]:
-        if out.name == "t2" and len(made) < 3:
-            made.append(out.name)
+    def make(out: Out) -> list[Job]:
+        return [Job(n, partial(piece, out.name, n)) for n in (7, 5)]
+
+    def piece(name: str, count: int) -> torch.Tensor:
+        if broken and name == "t2" and count == 5:
             raise KeyboardInterrupt
-        made.append(out.name)
-        return [torch.full((n,), float(out.name[1])) for n in (7, 5)]
+        made.append(name)
+        return torch.full((count,), float(name[1]))
 
     with pytest.raises(KeyboardInterrupt):
         write_file(tmp_path / "x", outs, make)
     part = tmp_path / "x.part"
     part.write_bytes(part.read_bytes() + b"torn")
+    broken = False
+    made.clear()
     write_file(tmp_path / "x", outs, make)
-    assert made == ["t0", "t1", "t2", "t2", "t3"]
+    assert sorted(made) == ["t2", "t2", "t3", "t3"]
     assert {k: v[0, 0].item() for k, v in load_file(tmp_path / "x").items()} == {f"t{i}": float(i) for i in range(4)}

@@ -153,6 +153,22 @@ def test_bottlenecks_are_aligned_and_averaged(weft, rows, tmp_path):
     assert "averaged as they are" in weft(*arguments, tmp_path / "no", "--align", "--rank", "2").err
 
 
+def test_adapters_are_weighed_by_their_own_rows(weft, adapters, rows, tmp_path):
+    folders = [str(adapters / "one"), str(adapters / "two")]
+    own = ["--own", rows["eval"], "--own", rows["test"]]
+    common = ["--base", "pico", "--eval", rows["eval"], "--json", "-o"]
+    losses = {}
+    for name, *said in (("fisher",), ("regmean",), ("regmean", "--set", "through=merged")):
+        out = tmp_path / "-".join([name, *said])
+        done = weft("combine", name, *folders, *own, *said, *common, out)
+        assert done.code == 0, done.err
+        losses[out.name] = json.loads(done.out)["figures"]["combined"]
+    assert len(set(losses.values())) == 3
+    assert "there are 0" in weft("combine", "fisher", *folders, *common, tmp_path / "no").err
+    assert "for each of the 2" in weft("combine", "fisher", *folders, *own[:2], *common, tmp_path / "no").err
+    assert "leave --own out" in weft("combine", "ties", *folders, *own, *common, tmp_path / "no").err
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory) -> dict[str, str]:
     """The bundled base, a folder of it that is a little worse, and one that is much worse."""

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from weft.base import find_base
+from weft.checkpoints.jobs import Job, scratch
 from weft.checkpoints.stream import Out, plan_files, write_file, write_index
 from weft.checkpoints.vocabulary import Rows
-from weft.checkpoints.weights import CheckpointError, Weights
+from weft.checkpoints.weights import CheckpointError, Stored, Weights
 from weft.combine import Rule
 from weft.errors import nearest
 
@@ -40,8 +42,10 @@ BESIDE = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*")
 SHARD_BYTES = 5_000_000_000
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}  # where a tied model stores one tensor for both
 _STATE = "merging.json"
-_PIECE = 1 << 18
-"""Entries that are merged at once, a megabyte in float32."""
+_PIECE = 1 << 17
+"""Entries that are merged at once: half a megabyte in float32, which malloc takes from memory that it has already."""
+_JOB = 1 << 19
+"""Entries that a thread merges, in pieces, before it hands them over: a megabyte in bfloat16."""
 _TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template)|.*\.(model|tiktoken)$")
 
 
@@ -63,6 +67,10 @@ class Made:
     rule: Rule
     parts: tuple[Part, ...]
     base: Part | None = None
+
+    def weights(self) -> list[float] | None:
+        """The parts' weights, for a rule that reads them."""
+        return [part.weight for part in self.parts] if self.rule.weighted else None
 
 
 @dataclass(frozen=True)
@@ -154,12 +162,12 @@ def run(
     """Carry a recipe out; see `merge_checkpoints`."""
     folder = Path(out)
     _claim(folder, recipe)
-    read = _reader()
+    read = _Reader()
     by_name = {m.out.name: m for m in recipe.made}
     files = plan_files([m.out for m in recipe.made], shard_bytes)
     for count, (file, outs) in enumerate(files.items(), 1):
         try:
-            write_file(folder / file, outs, lambda o: _pieces(by_name[o.name], read, recipe.seed))
+            write_file(folder / file, outs, lambda o: _jobs(by_name[o.name], read, recipe.seed))
         except OSError as error:
             raise CheckpointError(
                 f"could not write {folder / file} ({error.strerror or error}); what is done is kept: start the same "
@@ -175,44 +183,79 @@ def run(
 
 def tensors_of(recipe: Recipe) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the result by name, made as `run` makes it when it is its turn."""
-    read = _reader()
+    read = _Reader()
     for made in recipe.made:
-        flat = torch.cat([*_pieces(made, read, recipe.seed)])
+        flat = torch.cat([job.make() for job in _jobs(made, read, recipe.seed)])
         yield made.out.name, flat.view(made.out.shape)
 
 
-def _reader() -> Callable[[Part], Tensor]:
-    opened: dict[str, Weights] = {}
+class _Reader:
+    """The tensors that parts name; each folder is opened once."""
 
-    def stored(model: str, name: str) -> Tensor:
-        if model not in opened:
-            opened[model] = open_weights(model)
-        return opened[model].read(name)
+    def __init__(self) -> None:
+        self._opened: dict[str, Weights] = {}
 
-    def read(part: Part) -> Tensor:
-        found = stored(part.model, part.name)
-        return found if part.rows is None else part.rows.of(found, lambda model: stored(model, part.name))
+    def of(self, model: str) -> Weights:
+        if model not in self._opened:
+            self._opened[model] = open_weights(model)
+        return self._opened[model]
 
-    return read
+    def whole(self, part: Part) -> Tensor:
+        found = self.of(part.model).read(part.name)
+        return found if part.rows is None else part.rows.of(found, lambda model: self.of(model).read(part.name))
+
+    def entries(self, part: Part) -> Stored | Tensor:
+        """What `_runs` goes through: what a file says of the tensor, or the tensor where its rows are laid out anew."""
+        return self.of(part.model)[part.name] if part.rows is None else self.whole(part).reshape(-1)
 
 
-def _pieces(made: Made, read: Callable[[Part], Tensor], seed: int) -> Iterator[Tensor]:
-    """One tensor of the result, flat and in order; in pieces that fit the processor's cache, where the rule allows."""
-    generator = torch.Generator().manual_seed(_seed(seed, made.out.name)) if made.rule.random else None
-    weights = [part.weight for part in made.parts] if made.rule.weighted else None
-    base = None if made.base is None else read(made.base)
-    tensors = [read(part) for part in made.parts]
+def _jobs(made: Made, read: _Reader, seed: int) -> Iterator[Job]:
+    """What makes one tensor of the result, flat and in order; in pieces, where the rule allows."""
+    numel = torch.Size(made.out.shape).numel()
     if not made.rule.by_entry:
-        with torch.no_grad():
-            found = made.rule(tensors, weights=weights, base=base, generator=generator)
-            yield found.to("cpu", made.out.dtype).contiguous().view(-1)
+        yield Job(numel, partial(_merged, made, read, seed))
         return
-    flat, start = [t.reshape(-1) for t in tensors], None if base is None else base.reshape(-1)
-    for at in range(0, flat[0].numel(), _PIECE):
-        here = slice(at, at + _PIECE)
-        with torch.no_grad():
-            piece = made.rule([t[here] for t in flat], weights=weights, base=None if start is None else start[here])
-            yield piece.to("cpu", made.out.dtype)
+    base = None if made.base is None else read.entries(made.base)
+    parts = [read.entries(part) for part in made.parts]
+    for start in range(0, numel, _JOB):
+        stop = min(start + _JOB, numel)
+        yield Job(stop - start, partial(_merged_run, made, parts, base, start, stop))
+
+
+def _merged(made: Made, read: _Reader, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(_seed(seed, made.out.name)) if made.rule.random else None
+    base = None if made.base is None else _widened(read.whole(made.base), made.out.dtype)
+    parts = [_widened(read.whole(p), made.out.dtype) for p in made.parts]
+    found = made.rule(parts, weights=made.weights(), base=base, generator=generator)
+    return found.to("cpu", made.out.dtype).contiguous().view(-1)
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A rule gives its result in the format that it gets: a wider one is not to be rounded to that before."""
+    return tensor.to(dtype) if tensor.is_floating_point() and dtype.itemsize > tensor.dtype.itemsize else tensor
+
+
+def _merged_run(
+    made: Made, parts: Sequence[Stored | Tensor], base: Stored | Tensor | None, start: int, stop: int
+) -> Tensor:
+    """The entries from `start` to `stop`: read, merged and rounded piece by piece, in the processor's cache."""
+    first = parts[0] if base is None else base
+    dtype = first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32
+    if not first.dtype.is_floating_point:  # a rule hands these on as they are
+        dtype = first.dtype
+    out = torch.empty(stop - start, dtype=made.out.dtype)
+    runs = [_runs(p, start, stop, dtype, i) for i, p in enumerate([*parts] if base is None else [*parts, base])]
+    for at, pieces in zip(range(0, stop - start, _PIECE), zip(*runs, strict=True), strict=True):
+        here = None if base is None else pieces[-1]
+        out[at : at + _PIECE].copy_(made.rule(pieces[: len(parts)], weights=made.weights(), base=here))
+    return out
+
+
+def _runs(entries: Stored | Tensor, start: int, stop: int, dtype: torch.dtype, index: int) -> Iterator[Tensor]:
+    if isinstance(entries, Stored):
+        raw, wide = (scratch(f"{use} {index}", _PIECE, kind) for use, kind in (("raw", entries.dtype), ("wide", dtype)))
+        return entries.runs(start, stop, raw, wide)
+    return (run.to(dtype) for run in entries[start:stop].split(_PIECE))
 
 
 def _seed(seed: int, name: str) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from weft.checkpoints.jobs import Job, in_order
 from weft.checkpoints.weights import DTYPES, INDEX, SINGLE, CheckpointError
 
 __all__ = ["Out", "plan_files", "write_file", "write_index"]
@@ -45,10 +47,10 @@ def plan_files(outs: Sequence[Out], shard_bytes: int) -> dict[str, list[Out]]:
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_file(path: Path, outs: Sequence[Out], make: Callable[[Out], Iterable[Tensor]]) -> None:
+def write_file(path: Path, outs: Sequence[Out], make: Callable[[Out], Iterable[Job]]) -> None:
     """Write a safetensors file. Nothing is done for a file that is there; a half written one is gone on with.
 
-    make: a tensor's entries in order, in flat pieces of its number format on the CPU.
+    make: what makes a tensor's entries, in order, in flat pieces of its number format on the CPU.
     The header is known beforehand, so tensors are made, written and dropped one after another; until the file is whole
     it has the suffix `.part`, whose length says how many are done.
     """
@@ -56,31 +58,37 @@ def write_file(path: Path, outs: Sequence[Out], make: Callable[[Out], Iterable[T
         return
     head = _header(outs)
     part = path.with_name(f"{path.name}.part")
-    offset = len(head)
-    # a thread of its own writes one piece while the next one is made
-    with part.open("r+b" if part.exists() else "w+b") as file, ThreadPoolExecutor(1) as writer:
+    with part.open("r+b" if part.exists() else "w+b") as file:
         if file.read(len(head)) != head:  # another merge's, or cut within its header: begin anew
             file.seek(0)
             file.truncate()
             file.write(head)
-        length, written = file.seek(0, 2), None
-        for out in outs:
-            end = offset + out.num_bytes
-            if end > length:
-                if written is None:
-                    file.seek(offset)
-                    file.truncate()
-                for piece in make(out):
-                    assert piece.dtype == out.dtype, f"{out.name}: {piece.dtype} was made, not {out.dtype}"
-                    if written is not None:
-                        written.result()
-                    written = writer.submit(file.write, piece.view(torch.uint8).numpy().data)
-                    offset += piece.nbytes
-                assert offset == end, f"{out.name}: {offset - end + out.num_bytes} bytes were made, not {out.num_bytes}"
-            offset = end
-        if written is not None:
-            written.result()
+        length, offset, missing = file.seek(0, 2), len(head), [*outs]
+        while missing and offset + missing[0].num_bytes <= length:
+            offset += missing.pop(0).num_bytes
+        file.seek(offset)
+        file.truncate()
+        # pieces are made by threads while this one writes: in order, so that what is there is whole up to its end
+        with closing(in_order(_jobs(missing, make))) as pieces:
+            for piece in pieces:
+                file.write(piece.view(torch.uint8).numpy().data)
     part.replace(path)
+
+
+def _jobs(outs: Iterable[Out], make: Callable[[Out], Iterable[Job]]) -> Iterator[Job]:
+    for out in outs:
+        made = 0
+        for job in make(out):
+            yield Job(job.num_entries, partial(_checked, job, out))
+            made += job.num_entries
+        assert made == torch.Size(out.shape).numel(), f"{out.name}: {made} entries were made for {out.shape}"
+
+
+def _checked(job: Job, out: Out) -> Tensor:
+    piece = job.make()
+    assert piece.dtype == out.dtype, f"{out.name}: {piece.dtype} was made, not {out.dtype}"
+    assert piece.shape == (job.num_entries,), f"{out.name}: {piece.shape} was made, not {job.num_entries} entries"
+    return piece
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[Out]]) -> None:

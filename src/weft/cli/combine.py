@@ -21,6 +21,7 @@ app = typer.Typer(rich_markup_mode=None)
         "weft combine ties ./model-a ./model-b --base ./model --set density=0.3 -o ./merged",
         "weft combine task_arithmetic runs/a runs/b --search --eval few.jsonl --test test.jsonl -o merged/both",
         "weft combine task_arithmetic runs/a runs/b --learn labels --steps 60 --eval few.jsonl -o merged/both",
+        "weft combine regmean runs/a runs/b --own a.jsonl --own b.jsonl -o merged/both",
         "weft combine linear runs/a runs/b runs/c --greedy --eval validation.jsonl -o merged/soup",
         "weft combine merge.yaml -o ./merged",
     )
@@ -44,6 +45,9 @@ def combine(
         list[str] | None, typer.Option("--eval", help="Rows to measure the result on, beside parents and base.")
     ] = None,
     test: Annotated[list[str] | None, typer.Option(help="More such rows, which nothing is chosen by.")] = None,
+    own: Annotated[
+        list[str] | None, typer.Option(help="Rows of each adapter's own, in their order, for fisher and regmean.")
+    ] = None,
     search: Annotated[bool, typer.Option("--search", help="Choose weights and options by the loss on --eval.")] = False,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Choose which inputs go in: each that makes the loss on --eval no worse.")
@@ -61,6 +65,9 @@ def combine(
     ] = None,
     l1: Annotated[
         float | None, typer.Option(min=0, help="What the size of a searched weight costs: 0; LoraHub's is 0.05.")
+    ] = None,
+    sampler: Annotated[
+        Literal["tpe", "cma"] | None, typer.Option(help="How --search draws: tpe, or cma (CMA-ES); tpe if not given.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the predicted conflict (svg, png).")] = None,
     align: Annotated[
@@ -87,7 +94,7 @@ def combine(
     if out is None:
         raise WeftError("--out is missing: name the new folder")
     given = {"--rank": rank, "--loss": loss, "--plot": plot, "--dtype": dtype, "--eval": data, "--test": test,
-             "--weights": weights, "--set": options, "--base": base}  # fmt: skip
+             "--weights": weights, "--set": options, "--base": base, "--own": own}  # fmt: skip
     if Path(rule).suffix in (".yaml", ".yml"):
         from weft.checkpoints.merge import run
         from weft.checkpoints.mergekit import read_mergekit
@@ -111,13 +118,14 @@ def combine(
         chosen = rule_of(rule, known)
     except (ValueError, TypeError) as error:
         raise WeftError(str(error)) from error
-    shared["how"] = _how(search, greedy, learn, trials, steps, span, l1, tuple(known))
+    shared["how"] = _how(search, greedy, learn, trials, steps, span, l1, sampler, tuple(known))
     if _are_adapters(inputs):
         _refuse({"--dtype": dtype}, "adapters keep their number format")
-        own = {"rank": rank, "loss": loss, "plot": plot, "any_base": any_base, "align": align}
-        _adapters(inputs, chosen, out, [*shares.values()], shared | own, as_json)
+        only = {"rank": rank, "loss": loss, "plot": plot, "any_base": any_base, "align": align, "own": own}
+        _adapters(inputs, chosen, out, [*shares.values()], shared | only, as_json)
     else:
-        theirs = {"--rank": rank, "--loss": loss, "--plot": plot, "--learn": learn, "--align": align or None}
+        theirs = {"--rank": rank, "--loss": loss, "--plot": plot, "--learn": learn, "--align": align or None,
+                  "--own": own}  # fmt: skip
         _refuse(theirs, "it is for adapters; weft extract makes one of a checkpoint")
         _checkpoints(shares, chosen, out, dtype, shared, as_json)
 
@@ -173,7 +181,7 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 def _how(
     search: bool, greedy: bool, learn: Any, trials: int | None, steps: int | None, span: str | None, l1: float | None,
-    fixed: tuple[str, ...],
+    sampler: Any, fixed: tuple[str, ...],
 ) -> Any:  # fmt: skip
     """What is chosen by the loss: nothing, coefficients or members."""
     from weft.coefficients import Learn
@@ -183,7 +191,7 @@ def _how(
     if search + greedy + (learn is not None) > 1:
         raise WeftError("--search, --greedy and --learn are three ways to choose what goes in: give one of them")
     if not search:
-        _refuse({"--trials": trials, "--range": span, "--l1": l1}, "it is for --search")
+        _refuse({"--trials": trials, "--range": span, "--l1": l1, "--sampler": sampler}, "it is for --search")
     if learn is None:
         _refuse({"--steps": steps}, "it is for --learn")
     else:
@@ -194,7 +202,7 @@ def _how(
         low, high = (Search.low, Search.high) if span is None else map(float, span.split(","))
     except ValueError:
         raise WeftError(f"--range {span}: expected two numbers with a comma between, as in -1.5,1.5") from None
-    return Search(trials or Search.trials, low, high, l1 or 0.0, fixed)
+    return Search(trials or Search.trials, low, high, l1 or 0.0, fixed, sampler or Search.sampler)
 
 
 def _listed(known: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """RegMean: the map whose outputs are nearest to those of all models on their own data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -12,13 +13,15 @@ from weft.core import option
 class RegMean(Rule):
     """W = (sum_k w_k W_k G_k) (sum_k w_k G_k)^-1,  G_k = mean x x^T over model k's inputs, off the diagonal times a.
 
-    Tensors that are no matrix are averaged. Jin et al. 2022, arXiv 2212.09849; inputs that have passed through merged
-    layers instead (RegMean++): Nguyen et al. 2025, arXiv 2508.03121: a matter of how G_k is measured.
+    Tensors that are no matrix are averaged. through says what G_k is measured on: the inputs that model k itself makes,
+    or those that merged layers below make (RegMean++: Nguyen et al. 2025, arXiv 2508.03121); what measures it reads it.
+    Jin et al. 2022, arXiv 2212.09849.
     """
 
     name = "regmean"
     paper = "2212.09849"
     needs = "covariance"
+    through: Literal["own", "merged"] = option("own", help="whose layers make the inputs that G is measured on")
     off_diagonal: float = option(0.9, help="factor on what is off the diagonal of G (a)", minimum=0, maximum=1)
 
     def combine(self, tensors, given):

@@ -13,7 +13,7 @@ from torch import Tensor
 from weft.core.method import check_options
 from weft.errors import WeftError
 
-__all__ = ["Given", "Rule", "RuleError", "each", "rules"]
+__all__ = ["Converted", "Given", "Rule", "RuleError", "each", "rules"]
 
 
 class RuleError(WeftError, ValueError):
@@ -31,6 +31,22 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Converted(Sequence[Tensor]):
+    """Tensors in another number format, each made when it is asked for and not kept."""
+
+    tensors: Sequence[Tensor]
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Converted(self.tensors[index], self.dtype)
+        return self.tensors[index].to(self.dtype)
+
+
+@dataclass(frozen=True)
 class Rule:
     """One way to make a tensor of several. Subclass it with a `name`: that registers it.
 
@@ -41,6 +57,7 @@ class Rule:
     fewest, most: how many tensors it takes, the base not counted. weighted: whether it reads the weights.
     random: whether it draws from the generator. by_entry: whether an entry of the result is made of that entry of the
         tensors alone, so that parts of tensors can be merged one after another.
+    once: whether `combine` goes through the tensors once, in order, so that only one has to be in float32 at a time.
     needs: the statistic of each tensor's data that it reads: "fisher" (mean squared gradient, of the tensor's shape) or
         "covariance" (mean of x x^T of a map's inputs, [I, I]).
     """
@@ -53,6 +70,7 @@ class Rule:
     weighted: ClassVar[bool] = True
     random: ClassVar[bool] = False
     by_entry: ClassVar[bool] = False
+    once: ClassVar[bool] = False
     needs: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -94,13 +112,14 @@ class Rule:
             None if statistics is None else [s.to(dtype) for s in statistics],
             generator,
         )
-        return self.combine([t.to(dtype) for t in tensors], given).to(first.dtype)
+        converted = Converted(tensors, dtype)
+        return self.combine(converted if self.once else [*converted], given).to(first.dtype)
 
     def factors(self, weights: tuple[float, ...]) -> tuple[float, ...] | None:
         """What each tensor is multiplied by where the rule is such a sum and nothing else; None for all others."""
         return None
 
-    def combine(self, tensors: list[Tensor], given: Given) -> Tensor:
+    def combine(self, tensors: Sequence[Tensor], given: Given) -> Tensor:
         """The rule itself."""
         raise NotImplementedError
 

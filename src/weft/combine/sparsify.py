@@ -16,7 +16,7 @@ Rescale = Literal["none", "expected", "l1"]
 def by_size(delta: Tensor, density: float) -> Tensor:
     """A mask of the `density` largest entries by magnitude; at least one, unless the density is 0."""
     count = delta.numel() if density >= 1 else 0 if density <= 0 else max(1, int(density * delta.numel()))
-    return largest(delta.abs(), count)
+    return largest(delta, count)
 
 
 def without_outliers(delta: Tensor, density: float, outliers: float) -> Tensor:
@@ -25,25 +25,30 @@ def without_outliers(delta: Tensor, density: float, outliers: float) -> Tensor:
     if density >= 1:
         return torch.ones_like(delta, dtype=torch.bool)
     low = max(0, size - kept - int(outliers * size))
-    return largest(delta.abs(), size - low) & ~largest(delta.abs(), size - low - kept)
+    return largest(delta, size - low) & ~largest(delta, size - low - kept)
 
 
-def largest(size: Tensor, count: int) -> Tensor:
-    """A mask of the `count` largest of entries that are 0 or more, in float32 or float64; of equal ones the first."""
-    flat = size.flatten()
+def largest(delta: Tensor, count: int) -> Tensor:
+    """A mask of the `count` entries of the largest magnitude, in float32 or float64; of equal ones the first."""
+    flat = delta.flatten()
     if count <= 0 or count >= flat.numel():
-        return torch.full_like(size, count > 0, dtype=torch.bool)
-    bits = flat.view(torch.int64 if flat.element_size() == 8 else torch.int32)  # numbers from 0 on are ordered as these
+        return torch.full_like(delta, count > 0, dtype=torch.bool)
+    size = flat.abs()
+    bits = size.view(torch.int64 if size.element_size() == 8 else torch.int32)  # numbers from 0 on are ordered as these
     if bits.device.type == "cpu":
-        return torch.from_numpy(_largest(bits.numpy(), count)).view_as(size)
+        # numpy selects, counts and finds in a fraction of torch's time on a CPU; what it puts in order is made anew
+        # and not copied before, which would be one more tensor in memory
+        numbers = bits.numpy()
+        numbers.partition(len(numbers) - count)
+        least = numbers[len(numbers) - count]
+        torch.abs(flat, out=size)
+        return torch.from_numpy(_at_least(numbers, least, count)).view_as(delta)
     first = bits.sort(descending=True, stable=True).indices[:count]
-    return torch.zeros_like(bits, dtype=torch.bool).index_fill_(0, first, True).view_as(size)
+    return torch.zeros_like(bits, dtype=torch.bool).index_fill_(0, first, True).view_as(delta)
 
 
-def _largest(bits: np.ndarray, count: int) -> np.ndarray:
-    """The same of whole numbers. numpy selects, counts and finds in a fraction of torch's time on a CPU."""
-    least = np.partition(bits, len(bits) - count)[len(bits) - count]
-    mask = bits >= least
+def _at_least(bits: np.ndarray, least: np.generic, count: int) -> np.ndarray:
+    mask: np.ndarray = bits >= least
     surplus = np.count_nonzero(mask) - count
     if surplus:
         mask[np.flatnonzero(bits == least)[-surplus:]] = False

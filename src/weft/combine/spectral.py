@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class Spectral(Rule):
     def merge(self, deltas: Tensor, given: Given) -> Tensor:
         """One matrix [O, I] of several, [K, O, I]."""
 
-    def combine(self, tensors: list[Tensor], given: Given) -> Tensor:
+    def combine(self, tensors: Sequence[Tensor], given: Given) -> Tensor:
         deltas = torch.stack([w * (t - given.base) for w, t in zip(given.weights, tensors, strict=True)])
         if given.base.ndim < 2:
             return given.base + self.scale * deltas.mean(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ class TaskVectors(Rule):
     """W = W0 + l sum_k w_k c_k M_k (W_k - W0): a rule says how each mask M_k is found."""
 
     needs_base = True
+    once = True
     density: float | tuple[float, ...] = option(0.5, help="share of each difference that is kept")
     elect: bool = option(False, help="add only what has the sign of the weighted sum, entry by entry")
     normalise: bool = option(False, help="divide by the weights that took part at an entry")
@@ -29,12 +31,12 @@ class TaskVectors(Rule):
     def mask(self, delta: Tensor, index: int, count: int, generator: torch.Generator | None) -> Tensor:
         """1 where the index-th of `count` differences is kept, 0 elsewhere."""
 
-    def combine(self, tensors: list[Tensor], given: Given) -> Tensor:
+    def combine(self, tensors: Sequence[Tensor], given: Given) -> Tensor:
         base = given.base
         densities = each(self.density, len(tensors))
         deltas = base.new_empty((len(tensors), *base.shape))
-        for k, (tensor, density) in enumerate(zip(tensors, densities, strict=True)):
-            delta = torch.sub(tensor, base, out=deltas[k])
+        for k, density in enumerate(densities):
+            delta = torch.sub(tensors[k], base, out=deltas[k])
             mask = self.mask(delta, k, len(tensors), given.generator)
             if self.rescale == "none":
                 keep_(delta, mask)
