@@ -178,6 +178,33 @@ def test_tensors_in_code_hold_the_loss(way: str, loss: float, method: str) -> No
     assert {n.rpartition(".")[0] for n in found.codes} == live.keys()
 
 
+@pytest.mark.parametrize(("best", "how"), [(2.0, {"loss": 0.5}), (10.0, {"size": 0.3}), (None, {"loss": 0.5})])
+def test_alpha_is_tuned_by_the_loss_per_token(best: float | None, how: dict) -> None:
+    """best: the alpha for which a stand-in for a loss is smallest; None: the scale that comes nearest."""
+    model = carrying(LOW["lora"])
+    whole = {
+        a: {k: t.detach().clone() for k, t in ad.tensors().items()} for a, ad in records(model)["a"].adapters.items()
+    }
+
+    def loss_of(name: str) -> float:
+        if name == "a":
+            return 2.0
+        own = records(model)[name].adapters
+        tensor, before = next((own[a].tensors()[k], t) for a, ts in whole.items() for k, t in ts.items())
+        scale, kept = float(tensor.detach().abs().max()), tensor != 0
+        wanted = float(before[kept].abs().mean()) if best is None else best * float(before.std())
+        return 2.1 + abs(scale - wanted)
+
+    found = shrink(model, "a", name="b", way="compeft", loss_of=loss_of, **how)
+    assert not found.refused
+    assert found.alpha == best
+    assert found.after == pytest.approx(2.1, abs=1e-4) == loss_of("b")
+    live = records(model)["b"].adapters
+    for name, code in found.codes.items():
+        address, _, leaf = name.rpartition(".")
+        assert torch.equal(code.tensor(), live[address].tensors()[leaf])
+
+
 def test_bits_are_as_few_as_the_loss_allows() -> None:
     model = carrying(LOW["lora"])
     sizes = []

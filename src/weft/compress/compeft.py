@@ -8,7 +8,10 @@ from torch import Tensor
 from weft.compress.bits import pack, pack_places, unpack, unpack_places
 from weft.compress.code import Code
 
-__all__ = ["Ternary", "ternary"]
+__all__ = ["ALPHAS", "Ternary", "ternary"]
+
+ALPHAS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+"""What the paper tries for alpha on validation data."""
 
 
 class Ternary(Code):
@@ -43,7 +46,7 @@ def ternary(change: Tensor, *, density: float = 0.2, alpha: float | None = None,
     """A trained tensor, less what it started from, as signs and one scale.
 
     t' = alpha std(t) sign(t) at the share `density` of entries with the largest magnitudes, 0 elsewhere.
-    alpha: as tuned on validation data (the paper tries 0.5 to 10). By default the scale that comes nearest to the
+    alpha: as tuned on validation data (the paper tries `ALPHAS`). By default the scale that comes nearest to the
         tensor, the mean magnitude of the kept entries. A whole adapter with one scale is one long tensor.
     start: what all entries started from; t is what they are beyond it.
     Yadav et al. 2023, arXiv 2311.13171. Of the two ways of the paper to store the signs this is the smaller: at a

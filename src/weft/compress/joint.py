@@ -93,7 +93,7 @@ def _assigned(c: _Changes, rank: int, clusters: int, stop: _Stop) -> Tensor:
     quick = _Stop(min(stop.rounds, 3), stop.tolerance)
     for _ in range(stop.rounds if clusters > 1 else 0):
         bases = [_full(c.of_cluster(assigned == k), rank, quick) for k in range(clusters)]
-        better = torch.stack([_small(c, *basis).square().sum((1, 2)) for basis in bases]).argmax(0)
+        better = torch.stack([_small(c, u, v).square().sum((1, 2)) for u, v, _ in bases]).argmax(0)
         if torch.equal(better, assigned) or len(better.unique()) < clusters:
             break
         assigned = better
@@ -140,20 +140,21 @@ def _gram(m: Tensor) -> Tensor:
 
 def _fitted(c: _Changes, rank: int, diagonal: bool, stop: _Stop) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """U, V, the small matrices, and what is lost: in double precision where a loss is so small that others hide it."""
-    u, v = _full(c, rank, stop)
+    u, v, inner = _full(c, rank, stop)
     if diagonal:
         u, v = _diagonal(c, u, v, stop)
-    small, losses = _measured(c, u, v, diagonal)
+        inner = _small(c, u, v)
+    small, losses = _measured(c, u, v, inner, diagonal)
     if u.dtype != torch.float64 and bool((losses < _SMALL).any()):
         c, u, v = c.wide(), u.double(), v.double()
         if not diagonal:
             u, v = torch.linalg.qr(u)[0], torch.linalg.qr(v.mT)[0].mT
-        small, losses = _measured(c, u, v, diagonal)
+        small, losses = _measured(c, u, v, _small(c, u, v), diagonal)
     return u, v, small, losses
 
 
-def _full(c: _Changes, rank: int, stop: _Stop) -> Pair:
-    """U [O, R] and V [R, I], orthonormal.
+def _full(c: _Changes, rank: int, stop: _Stop) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O, R] and V [R, I], orthonormal, and U^T D_n V^T, [N, R, R].
 
     V starts in the range of sum_n D_n^T D_n on random vectors, twice applied: near its leading eigenvectors, for a
     small part of what these cost.
@@ -175,7 +176,7 @@ def _full(c: _Changes, rank: int, stop: _Stop) -> Pair:
             break
         v = torch.linalg.qr(_over(c.a, _gram(bu) @ av))[0].mT
         av = c.a @ v.mT
-    return u, v
+    return u, v, bu.mT @ av
 
 
 def _small(c: _Changes, u: Tensor, v: Tensor) -> Tensor:
@@ -183,9 +184,11 @@ def _small(c: _Changes, u: Tensor, v: Tensor) -> Tensor:
     return (c.bt @ u).mT @ (c.a @ v.mT)
 
 
-def _measured(c: _Changes, u: Tensor, v: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
-    """The best small matrices between U and V, and || D_n - U S_n V ||, [N], for D_n of norm 1 (or 0)."""
-    inner = _small(c, u, v)
+def _measured(c: _Changes, u: Tensor, v: Tensor, inner: Tensor, diagonal: bool) -> tuple[Tensor, Tensor]:
+    """The best small matrices between U and V, and || D_n - U S_n V ||, [N], for D_n of norm 1 (or 0).
+
+    inner: U^T D_n V^T.
+    """
     small = _solved(inner.diagonal(dim1=1, dim2=2), _gram(u.mT) * _gram(v)) if diagonal else inner
     held = ((inner.diagonal(dim1=1, dim2=2) if diagonal else inner) * small).double().flatten(1).sum(1)
     whole = (_gram(c.bt) * _gram(c.a)).double().sum((1, 2))  # 1, as it was rounded

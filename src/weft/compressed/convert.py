@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.attach import records, using
-from weft.compressed.opened import free, open_folders, provenance, write_card
+from weft.attach import free_name, records, using
+from weft.compressed.opened import open_folders, provenance, write_card
 from weft.compressing import num_bytes, to_lora
 from weft.gate import held_out, inputs_of
 from weft.interop.folder import save
@@ -74,7 +74,7 @@ def convert_folder(
     """
     opened = open_folders([folder], out, base, any_base)
     model, source = opened.model, opened.names[0]
-    name = free(opened, f"{source}-lora")
+    name = free_name(opened.model, f"{source}-lora")
     losses = to_lora(model, source, name=name, rank=rank, loss=loss)
     inputs = inputs_of(opened, held_out(opened)[1], rows=8)
     theirs, ours = _logits(opened, inputs, source), _logits(opened, inputs, name)

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from weft.adapter import native_tensors
-from weft.attach import records, use
+from weft.attach import free_name, records, use
 from weft.compress import packed
-from weft.compressed.opened import folder_bytes, free, loss_per_token, open_folders, prove, provenance, write_card
+from weft.compressed.opened import folder_bytes, loss_per_token, open_folders, prove, provenance, write_card
 from weft.compressing import Roots, Shrunk, Way, input_roots, shrink
 from weft.gate import held_out, inputs_of
 from weft.interop.folder import save
@@ -57,6 +57,8 @@ class CompressedFolder:
             lines.append(
                 f"loss per token on {self.source}: {s.before:.5f} before, {s.after:.5f} after ({s.growth:+.3%}{asked})"
             )
+        if s.alpha is not None:
+            lines.append(f"alpha {s.alpha:g} of the standard deviation of each tensor, by that loss")
         if self.disk_before is not None and self.disk_after is not None:
             lines.append(f"on disk, with what describes it: {self.disk_before:,} and {self.disk_after:,} bytes")
         return "\n".join([*lines, *([str(self.parity)] if self.parity else []), f"written: {self.folder}"])
@@ -70,7 +72,7 @@ class CompressedFolder:
             "refused": s.refused, "stated": self.stated, "source": self.source, "bytes_before": s.bytes_before,
             "bytes_after": s.bytes_after, "disk_before": self.disk_before, "disk_after": self.disk_after,
             "of": s.of, "losses": dict(s.losses), "ranks": ranks, "settings": dict(s.settings),
-            "before": s.before, "after": s.after, "growth": s.growth,
+            "alpha": s.alpha, "before": s.before, "after": s.after, "growth": s.growth,
             "parity": None if self.parity is None else asdict(self.parity),
         }  # fmt: skip
 
@@ -106,10 +108,8 @@ def compress_folders(
     found = []
     for name in opened.names:
         roots = _roots(opened, name, calibrate or data, say) if loss_in == "output" else None
-        shrunk = shrink(
-            opened.model, name, name=free(opened, f"{name}-{way}"), way=way, loss=loss, size=size, loss_of=measured,
-            roots=roots,
-        )  # fmt: skip
+        made = free_name(opened.model, f"{name}-{way}")
+        shrunk = shrink(opened.model, name, name=made, way=way, loss=loss, size=size, loss_of=measured, roots=roots)
         found.append(CompressedFolder(shrunk, loss, source))
         say(f"{name}: {'refused' if shrunk.refused else f'{shrunk.bytes_before:,} to {shrunk.bytes_after:,} bytes'}")
     if any(each.shrunk.refused for each in found):

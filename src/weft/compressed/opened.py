@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from weft.adapter import native_tensors, read_info
-from weft.attach import detach, records, use
+from weft.attach import detach, free_name, records, use
 from weft.data.rows import Example
 from weft.errors import AdapterError
 from weft.interop.folder import load
 from weft.reopen import Reopened, adapter_folder, reopen
 
-__all__ = ["folder_bytes", "free", "loss_per_token", "open_folders", "prove", "provenance", "write_card"]
+__all__ = ["folder_bytes", "loss_per_token", "open_folders", "prove", "provenance", "write_card"]
 
 _ROWS = 64  # measured at most, evenly spread over the data
 
@@ -53,13 +53,6 @@ def write_card(place: Path, base: str, what: str, found: str) -> None:
     (place / "README.md").write_text(text, encoding="utf-8")
 
 
-def free(opened: Reopened, name: str) -> str:
-    """A name for what is made of an adapter, which no other on the model has."""
-    while name in records(opened.model):
-        name += "_"
-    return name
-
-
 def folder_bytes(folder: Path) -> int:
     """Bytes of an adapter's files: its tensors and what describes them, without the card for people."""
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".json"))
@@ -67,7 +60,7 @@ def folder_bytes(folder: Path) -> int:
 
 def prove(opened: Reopened, place: Path, name: str) -> None:
     """That a folder, read again, has the very tensors that were measured; AdapterError otherwise."""
-    again = free(opened, f"{name}-again")
+    again = free_name(opened.model, f"{name}-again")
     load(opened.model, place, again, any_base=True)
     try:
         live, read = (native_tensors(records(opened.model)[n]) for n in (name, again))

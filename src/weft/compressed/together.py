@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from weft.adapter import native_tensors
-from weft.attach import records, use
+from weft.attach import free_name, records, use
 from weft.borrowed import lend, lent
-from weft.compressed.opened import folder_bytes, free, loss_per_token, open_folders, prove, provenance, write_card
+from weft.compressed.opened import folder_bytes, loss_per_token, open_folders, prove, provenance, write_card
 from weft.compressing import SetWay, Together, compress_together, num_bytes
 from weft.errors import AdapterError
 from weft.gate import held_out, inputs_of
@@ -88,7 +88,7 @@ def compress_set(
     if len(folders) < 2:
         raise AdapterError(f"{way} keeps what adapters have in common: give two or more, or another --way for one")
     opened = open_folders(folders, out, base, any_base)
-    names = [free(opened, f"{name}-{way}") for name in opened.names]
+    names = [free_name(opened.model, f"{name}-{way}") for name in opened.names]
     examples = held_out(opened, data)[1] if data is not None else ()
     started = time.perf_counter()
     made = compress_together(

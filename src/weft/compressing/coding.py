@@ -32,11 +32,15 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 
 
 class Codes:
-    """An adapter whose tensors are what codes stand for: all floating ones at its sites; what sites share stays."""
+    """An adapter whose tensors are what codes stand for: all floating ones at its sites; what sites share stays.
+
+    alpha: of `compeft`, for all of its tensors; by default each has the scale that comes nearest to it.
+    """
 
     def __init__(self, model: nn.Module, source: str, name: str, way: str, roots: Roots | None = None):
         self.model, self.source, self.name, self.way, self.roots = model, source, name, way, roots
         self.codes: dict[str, Code] = {}
+        self.alpha: float | None = None
         self.plan = combine(model, [source], name=name).plan
         self.before = {
             address: {k: t.detach().clone() for k, t in _own(adapter).items()}
@@ -92,7 +96,12 @@ class Codes:
         if self.way == "compeft":
             # gains and shifts start with one value everywhere, matrices about zero
             yield from (
-                (k, ternary(t, density=setting, start=float(t.float().mean()) if t.ndim == 1 else 0.0))
+                (
+                    k,
+                    ternary(
+                        t, density=setting, alpha=self.alpha, start=float(t.float().mean()) if t.ndim == 1 else 0.0
+                    ),
+                )
                 for k, t in floating.items()
             )
             return

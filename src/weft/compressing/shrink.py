@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from weft.attach import detach, records
-from weft.compress import Code
+from weft.compress import ALPHAS, Code
 from weft.compressing.coding import SETTINGS, Codes
 from weft.compressing.measure import Roots, num_bytes
 from weft.compressing.ranks import Ranks
@@ -35,7 +35,8 @@ class Shrunk:
     size), or the share of entries that are kept. codes: of the tensors that are written in code.
     losses: by address, measured on what was made, the share of the norm that is lost of the change (of the change of
     the output, of the tensors: see `of`). before, after: loss per token of the adapter and of what was made of it,
-    where that was asked for. refused: why there is none, or empty.
+    where that was asked for. refused: why there is none, or empty. alpha: of compeft, where it was tuned and is better
+    than the scales that come nearest to the tensors.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Shrunk:
     of: str = "change"
     settings: Mapping[str, Any] = field(default_factory=dict)
     codes: Mapping[str, Code] = field(default_factory=dict)
+    alpha: float | None = None
 
     @property
     def growth(self) -> float | None:
@@ -85,7 +87,7 @@ def shrink(
 
     loss: the largest share of the norm of the change that may be lost at a site. With `loss_of`, which measures the
         loss per token of an adapter, instead the largest share by which that may grow; the bound on the weights that
-        keeps it is found by bisection.
+        keeps it is found by bisection. The alpha of compeft is then the one of the paper's for which it is smallest.
     size: instead of a loss, the share of its bytes that may remain: what is lost in all is then as little as can be.
     roots: of inputs (`input_roots`): what is lost is then measured in the sites' outputs on these.
     The result holds its loss as measured on the tensors that it has, or it is refused and the model keeps none: where
@@ -141,7 +143,7 @@ class _Task:
                 return replace(self.empty, bytes_after=least, refused=why)
             found = self.made(chosen, before)
             if found.bytes_after <= budget:
-                return found
+                return self.tuned(found, chosen)
             allowed -= found.bytes_after - budget  # an index of longer numbers
 
     def size_of(self, smallest: Chosen) -> int:
@@ -194,8 +196,20 @@ class _Task:
             bound = (low + high) / 2
             found = tried(bound)
             low, high, best = (bound, high, found) if holds(found) else (low, bound, best)
-        self.maker.put(within(self.ladder, low))  # the last that was tried may be another
-        return replace(best, plan=records(self.model)[self.name].plan)
+        chosen = within(self.ladder, low)
+        self.maker.put(chosen)  # the last that was tried may be another
+        return self.tuned(replace(best, plan=records(self.model)[self.name].plan), chosen)
+
+    def tuned(self, found: Shrunk, chosen: Chosen) -> Shrunk:
+        """The same choice with the alpha for which the loss per token is smallest; bytes stay what they are."""
+        if not isinstance(self.maker, Codes) or self.way != "compeft" or found.after is None:
+            return found
+        for alpha in (*ALPHAS, None):  # ends with the best one in the adapter
+            self.maker.alpha = found.alpha if alpha is None else alpha
+            made = replace(self.made(chosen, found.before), alpha=self.maker.alpha)
+            if alpha is None or (made.after is not None and made.after < (found.after or 0.0)):
+                found = made
+        return found
 
     def made(self, chosen: Chosen, before: float | None = None) -> Shrunk:
         """The adapter of a choice, and what is lost by it."""

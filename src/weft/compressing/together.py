@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from weft.attach import attach_plan, detach, records, weave_of
 from weft.compress import joint_basis, principal_basis
 from weft.compressing.ranks import EXACT
-from weft.core.method import Frozen
+from weft.core.method import Frozen, Method
 from weft.core.site import Site
 from weft.core.thin import nearest, rank_for
 from weft.differences import difference, flat, with_kernel
@@ -238,7 +239,13 @@ def _pair(model: nn.Module, address: str, name: str) -> Pair:
 def _attach(model: nn.Module, source: str, name: str, made: Mapping[str, _Own]) -> None:
     """A new adapter at the very sites of its source, which need not be looked for again."""
     old = records(model)[source].plan
-    sites = tuple(dataclasses.replace(s, method=method_from_spec(made[s.site.address][0])) for s in old.sites)
+    sites = tuple(dataclasses.replace(s, method=_method(*made[s.site.address][0].items())) for s in old.sites)
     main = max((s.method for s in sites), key=lambda method: int(getattr(method, "rank", 0)))
     plan = dataclasses.replace(old, name=name, method=main, sites=sites, targets=[*made])
     attach_plan(model, plan, tensors={address: tensors for address, (_, tensors) in made.items()})
+
+
+@cache
+def _method(*spec: tuple[str, Any]) -> Method:
+    """The method of a specification, which hundreds of adapters have at every site."""
+    return method_from_spec(dict(spec))
