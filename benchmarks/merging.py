@@ -10,10 +10,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.common import Claim, llama
+if TYPE_CHECKING:
+    from benchmarks.common import Claim
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 28, "vocab_size": 32_000}
 """About a gigabyte in bfloat16."""
@@ -41,6 +43,8 @@ def run() -> list[Claim]:
 
 
 def _claim(name: str, ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str, target: float) -> Claim:
+    from benchmarks.common import Claim
+
     ratios = sorted(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
     unit, size = ("s", 1.0) if key == "seconds" else ("MB", 1e6)
     mine, other = (statistics.median(s[key] for s in side) / size for side in (ours, theirs))
@@ -50,6 +54,8 @@ def _claim(name: str, ours: list[dict[str, float]], theirs: list[dict[str, float
 
 
 def _models(folder: Path) -> None:
+    from benchmarks.common import llama  # not above: a measured process holds what its side imports, and nothing else
+
     torch.manual_seed(0)
     model = llama(**SHAPE).to(torch.bfloat16)
     for name in ("base", "one", "two"):

@@ -3,14 +3,15 @@
     python -m benchmarks.methods_table [--methods lora,dora | --part 1/2] [--output FOLDER]
 
 `weft compare` runs them all on pico, at their default options, with the learning rate the better of two. It may be
-stopped and started again: what is done is in the folder. Rows of other methods stay in benchmarks/methods.json as they
-are, so two cores may do a part each, one thread a part.
+stopped and started again: what is done is in the folder, so a method that has changed needs another one. Rows of other
+methods stay in benchmarks/methods.json as they are, so two cores may do a part each, one thread a part.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,35 @@ RESULTS = ROOT / "benchmarks" / "methods.json"
 MARGIN = 0.05
 """Nats per token of the test rows that a method must gain to have learnt; fixed before the first run."""
 
-SETTINGS = Settings(seeds=1, steps=40, trials=2, rates=(1.0, 10.0), rows=48, pairs=2)
+SETTINGS = Settings(seeds=1, steps=40, trials=2, rates=(1.0, 10.0), trial_share=1.0, rows=48, pairs=2)
+"""A trial is as long as the run: what is ahead after a quarter of so few steps is often the rate that is too large."""
+
+RATES: dict[str, tuple[float, ...]] = {
+    "k_adapter": (0.1, 1.0),  # the authors' scripts have 3e-5 and 5e-5
+    # a few numbers that stand for much need steps of their own size: rows of length 1 a channel before an attention,
+    "prefix": (100.0, 500.0),
+    "cartridge": (100.0, 500.0),
+    "unilora": (25.0, 100.0),  # and one vector of 256 from within 0.02, entries of which are all that A and B have
+}
+"""Other rates for methods whose parameters are of another size, as multiples of the recipe's."""
+
+CONTEXT = """def getpos(self):
+    return self.lineno, self.offset
+Return current line number and offset.
+def system():
+
+    return uname().system
+Returns the system/OS name, e.g. 'Linux', 'Windows' or 'Java'.
+@property
+def imag(self):
+    return 0
+Real numbers have no imaginary component."""
+"""Three rows of the training data, for a prompt that is made of examples."""
 
 NEEDED: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 64},
     "compacter": {"division": 2},
+    "cpt": {"init_text": CONTEXT, "num_tokens": 88},
     "flix": {"task": 0, "language": 0},
     "hyper_adapters": {"source": 0, "target": 0},
     "hyperformer": {"task": 0},
@@ -85,9 +110,14 @@ def main() -> None:
     names = arguments.methods.split(",") if arguments.methods else built_in()
     part, parts = map(int, arguments.part.split("/"))
     names = names[part - 1 :: parts]
-    folder = arguments.output / f"part-{part}-of-{parts}"
-    chosen = [{"name": name, **NEEDED.get(name, {})} for name in names]
-    found = measured(weft.compare(recipe(), chosen, output=folder, settings=SETTINGS))
+    for rates in dict.fromkeys(RATES.get(name, SETTINGS.rates) for name in names):
+        chosen = [{"name": name, **NEEDED.get(name, {})} for name in names if RATES.get(name, SETTINGS.rates) == rates]
+        folder = arguments.output / f"part-{part}-of-{parts}" / "-".join(map(str, rates))
+        keep(measured(weft.compare(recipe(), chosen, output=folder, settings=replace(SETTINGS, rates=rates))))
+
+
+def keep(found: dict[str, Any]) -> None:
+    """Put rows among those that are there."""
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else {}
     rows = {name: row for name, row in {**kept, **found["rows"]}.items() if name in built_in()}
     RESULTS.write_text(json.dumps({**found, "rows": dict(sorted(rows.items()))}, indent=1) + "\n")

@@ -46,9 +46,9 @@ def main(names: list[str]) -> None:
         for c in claims:
             print(f"  {_line(c)}", flush=True)
         kept["results"][name] = {"claim": module.__doc__, "rows": [c.as_dict() for c in claims]}
-    kept |= {"date": date.today().isoformat(), "machine": _machine()}
-    (HERE / "results.json").write_text(json.dumps(kept, indent=2) + "\n")
-    (HERE.parent / "docs" / "benchmarks.md").write_text(_page(kept))
+        kept |= {"date": date.today().isoformat(), "machine": _machine()}
+        (HERE / "results.json").write_text(json.dumps(kept, indent=2) + "\n")  # now: the next one may be interrupted
+        (HERE.parent / "docs" / "benchmarks.md").write_text(_page(kept))
 
 
 def _kept() -> dict:

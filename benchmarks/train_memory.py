@@ -1,12 +1,20 @@
-"""Claim: a training step keeps and takes little more memory than the frozen base alone, with dropout too."""
+"""Claim: a training step keeps and takes little more memory than the frozen base alone, with dropout too.
+
+Peaks do not depend on a quiet machine, so it may run beside other work. Every side is measured in a process of its own,
+forked from one that has loaded the libraries, and written to build/train_memory.jsonl as soon as it is known, with its
+error where it failed; a run that was interrupted goes on from there.
+`MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=65536 python -m benchmarks.train_memory [NAME...]` measures some.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +25,89 @@ from torch import nn
 from benchmarks.common import Claim, llama
 from benchmarks.train_step import ROWS, SHAPE, SIDES, TOKENS, adapted
 
-# MB at this size: peak above the base, kept for the backward
+# MiB at this size, as the figures of PEFT are: peak above the base, kept for the backward
 TARGETS = {"LoRA": (455, 354), "LoRA with dropout": (455, 354), "DoRA": (480, 372)}
 HIGHEST = (560, 450)
 TIGHT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed blocks go back at once
+FOUND = Path(__file__).parent.parent / "build" / "train_memory.jsonl"
+LONGEST_SECONDS = 3600  # a process that gets little of a busy machine is slow, and its peak is the same
+NAMES = [name for name in SIDES if name != "full"]  # all gradients and states of the base: no adapter
+_SAID = {"peak": "peak above the loaded base", "kept": "kept for the backward"}
 
 
 def run() -> list[Claim]:
-    """Every method in a process of its own, beside PEFT's in another."""
-    rows = []
-    for name, side in SIDES.items():
-        if name == "full":  # all gradients and states of the base: no adapter
+    """Every method in a process of its own, beside PEFT's in another; ours first, so that they are known soonest."""
+    command = [sys.executable, "-m", "benchmarks.train_memory"]
+    subprocess.run(command, env={**os.environ, **TIGHT}, check=True)  # the allocator is set where a process starts
+    known = _known()
+    FOUND.unlink()  # whole: the next run measures anew
+    return [claim for name in NAMES for claim in _claims(name, known)]
+
+
+def measure(names: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The figures of some methods by (library, name): those that the file holds, and the others measured now."""
+    known = _known()
+    if known:
+        print(f"    {len(known)} measurements of an interrupted run are in {FOUND}", flush=True)
+    FOUND.parent.mkdir(exist_ok=True)
+    beside = [("peft", name) for name in names if SIDES[name].config is not None]
+    for key in (("floor", ""), *(("weft", name) for name in names), *beside):
+        if key in known and "error" not in known[key]:
             continue
-        ours = _measure(name, "weft")
-        theirs = _measure(name, "peft") if side.config is not None else None
-        for what, target in zip(("peak", "kept"), TARGETS.get(name, HIGHEST), strict=True):
-            known = f"; PEFT {theirs[what]:.0f} MB" if theirs else ""
-            ratio = ours[what] / target
-            detail = f"{ours[what]:.0f} MB{known}; the frozen base {ours['floor'][what]:.0f} MB; target {target} MB"
-            rows.append(Claim(f"{name}: {_SAID[what]}", ratio, ratio, ratio, 1.0, detail))
-            print(f"    {rows[-1].name} {detail}", flush=True)
-    return rows
+        known[key] = {"library": key[0], "name": key[1], **_child(*key)}
+        with FOUND.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(known[key]) + "\n")
+        figures = known[key].get("error") or f"peak {known[key]['peak']:.0f} MiB, kept {known[key]['kept']:.0f} MiB"
+        print(f"    {key[0]:6}{key[1]:20}{figures}", flush=True)
+    return known
 
 
-_SAID = {"peak": "peak above the loaded base", "kept": "kept for the backward"}
-_FLOORS: dict[str, float] = {}
+def _known() -> dict[tuple[str, str], dict[str, Any]]:
+    lines = FOUND.read_text(encoding="utf-8").splitlines() if FOUND.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return {(row["library"], row["name"]): row for row in rows}
 
 
-def _measure(name: str, library: str) -> dict[str, Any]:
-    if not _FLOORS:
-        _FLOORS.update(_child("", "floor"))
-    return {**_child(name, library), "floor": _FLOORS}
+def _claims(name: str, known: dict[tuple[str, str], dict[str, Any]]) -> list[Claim]:
+    ours, theirs, floor = known["weft", name], known.get(("peft", name), {}), known["floor", ""]
+    found = []
+    for what, target in zip(_SAID, TARGETS.get(name, HIGHEST), strict=True):
+        if what not in ours:  # a method that fails has missed its target
+            found.append(Claim(f"{name}: {_SAID[what]}", *[float("inf")] * 3, 1.0, ours["error"]))
+            continue
+        beside = f"; PEFT {theirs[what]:.0f} MiB" if what in theirs else ""
+        detail = f"{ours[what]:.0f} MiB{beside}; the frozen base {floor[what]:.0f} MiB; target {target} MiB"
+        found.append(Claim(f"{name}: {_SAID[what]}", *[ours[what] / target] * 3, 1.0, detail))
+    return found
 
 
-def _child(name: str, library: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.train_memory", library, name]
-    found = subprocess.run(command, env={**os.environ, **TIGHT}, capture_output=True, text=True, check=True)
-    return json.loads(found.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+def _child(library: str, name: str) -> dict[str, Any]:
+    context = multiprocessing.get_context("fork")
+    mine, its = context.Pipe(duplex=False)
+    child = context.Process(target=_report, args=(library, name, its))
+    child.start()
+    its.close()
+    try:
+        if not mine.poll(LONGEST_SECONDS):
+            child.kill()
+            return {"error": f"it took more than {LONGEST_SECONDS} s"}
+        return mine.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return {"error": "its process ended without a figure"}
+    finally:
+        child.join()
 
 
-def _report(library: str, name: str) -> None:
-    torch.set_num_threads(2)
+def _report(library: str, name: str, answer: Connection) -> None:
+    try:
+        answer.send(_figures(library, name))
+    except Exception as error:
+        answer.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def _figures(library: str, name: str) -> dict[str, float]:
+    """Of two steps: the first makes the optimiser's states and is looked into, the second finds them there."""
+    torch.set_num_threads(1)
     ids = torch.randint(0, 8192, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     model = llama(**SHAPE).train()
     _warm_up()
@@ -66,12 +116,16 @@ def _report(library: str, name: str) -> None:
     before = _status("VmRSS")
     step, model = _made(model, library, name, ids)
     kept = _kept(model, step)
-    for _ in range(3):
-        step().backward()
-        if library != "floor":
-            model.optimiser.step()  # type: ignore[union-attr, operator]
-            model.optimiser.zero_grad()  # type: ignore[union-attr, operator]
-    print(json.dumps({"peak": (_status("VmHWM") - before) / 1e6, "kept": kept / 1e6}))
+    _update(model, library)
+    step().backward()
+    _update(model, library)
+    return {"peak": (_status("VmHWM") - before) / 2**20, "kept": kept / 2**20}
+
+
+def _update(model: Any, library: str) -> None:
+    if library != "floor":
+        model.optimiser.step()
+        model.optimiser.zero_grad()
 
 
 def _made(model: nn.Module, library: str, name: str, ids: torch.Tensor) -> Any:
@@ -120,4 +174,7 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    _report(*sys.argv[1:3])
+    measured = measure(sys.argv[1:] or NAMES)
+    for named in [name for library, name in measured if library == "weft"]:
+        for claim in _claims(named, measured):
+            print(f"  {claim.name}: {claim.ratio:.3f}, {'holds' if claim.holds else 'MISSED'} ({claim.detail})")
